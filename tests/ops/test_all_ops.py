@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The battery that every op passes, over its own samples. Truth is the reference in float64."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vidgen import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+ALL = list(ops.OPS.values())
+BACKENDS = ["default", "reference"]
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def sampled(dtypes, which=lambda op: True):
+    """One case per op, dtype and sample; the arguments are drawn when the test runs."""
+    return [
+        pytest.param(op, dtype, i, id=f"{op.name}-{short(dtype)}-{i}")
+        for op in ALL
+        if which(op)
+        for dtype in dtypes
+        for i in range(len(op.samples(CPU, torch.float32)))
+    ]
+
+
+def arguments(op, dtype, i):
+    torch.manual_seed(i)
+    return op.samples(CPU, dtype)[i]
+
+
+def differentiable(op):
+    return op.differentiable
+
+
+def tensors(values):
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def mapped(f, args):
+    return tuple(f(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+def widen(args):
+    return mapped(lambda a: a.double(), args)
+
+
+def on_backend(name):
+    return contextlib.nullcontext() if name == "default" else ops.use_backend(name)
+
+
+def assert_as_accurate_as_eager(op, args, factor=2.0):
+    """error(op) <= factor * error(reference in the same dtype) + one rounding of the largest true value."""
+    truth = tensors(op.reference(*widen(args)))
+    eager, ours = tensors(op.reference(*args)), tensors(op(*args))
+    assert len(truth) == len(eager) == len(ours)
+    for y, e, t in zip(ours, eager, truth, strict=True):
+        assert y.shape == t.shape and y.dtype == e.dtype
+        if not y.is_floating_point():
+            assert torch.equal(y, t)
+        elif y.numel():
+            finite = t.isfinite()
+            assert torch.equal(y.isfinite(), e.isfinite()), "finite where eager is not, or the reverse"
+            error = (y.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
+            allowed = (e.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
+            scale = t[finite].abs().amax().item() if finite.any() else 0.0
+            assert error <= factor * allowed + torch.finfo(e.dtype).eps * max(scale, 1.0)
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_op_is_complete(op):
+    assert op.reference and op.check and op.samples(CPU, torch.float32)
+    assert op.composite or op.fake
+    workloads = op.workloads(CPU, torch.float32)
+    assert workloads or not op.differentiable, "an op that users call has a benchmark workload"
+    assert op.cost(*op.samples(CPU, torch.float32)[0]).bytes >= 0
+    if not op.name.endswith("_backward"):
+        public = getattr(ops, op.name)
+        assert op.name in ops.__all__ and public.__doc__ and "Raises" in public.__doc__
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled(DTYPES))
+def test_error_is_at_most_twice_that_of_eager(op, dtype, i):
+    assert_as_accurate_as_eager(op, arguments(op, dtype, i))
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32, torch.bfloat16]))
+def test_inputs_are_left_alone_and_results_repeat(op, dtype, i):
+    args = arguments(op, dtype, i)
+    before = mapped(torch.clone, args)
+    first, second = tensors(op(*args)), tensors(op(*args))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(args), tensors(before), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float64], differentiable))
+def test_gradients(op, dtype, i, backend):
+    args = mapped(lambda a: a.detach().requires_grad_(), arguments(op, dtype, i))
+    with on_backend(backend):
+        assert torch.autograd.gradcheck(op, args, fast_mode=False, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32, torch.bfloat16], differentiable))
+def test_gradients_are_as_accurate_as_eager(op, dtype, i):
+    """The kernels' backward, which float64 does not reach, against autograd through the reference."""
+    args = arguments(op, dtype, i)
+
+    def gradients(f, args):
+        args = mapped(lambda a: a.detach().clone().requires_grad_(), args)
+        out = [y for y in tensors(f(*args)) if y.requires_grad]
+        torch.manual_seed(0)
+        seeds = [torch.randn(y.shape).to(y.dtype) for y in out]
+        leaves = [a for a in tensors(args) if a.requires_grad]
+        return torch.autograd.grad(out, leaves, [s.to(y.dtype) for s, y in zip(seeds, out, strict=True)],
+                                   allow_unused=True)  # fmt: skip
+
+    truth = gradients(op.reference, widen(args))
+    eager, ours = gradients(op.reference, args), gradients(op, args)
+    for y, e, t in zip(ours, eager, truth, strict=True):
+        assert (y is None) == (t is None)
+        if y is not None and y.numel():
+            error, allowed = (y.double() - t).abs().amax().item(), (e.double() - t).abs().amax().item()
+            assert error <= 3 * allowed + 2 * torch.finfo(y.dtype).eps * max(t.abs().amax().item(), 1.0)
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32]))
+def test_opcheck(op, dtype, i):
+    args = arguments(op, dtype, i)
+    if op.differentiable:
+        args = mapped(lambda a: a.detach().requires_grad_(), args)
+    torch.library.opcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32]))
+def test_compiles_whole(op, dtype, i):
+    args = arguments(op, dtype, i)
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), op(*args), equal_nan=True)
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled(DTYPES))
+def test_every_output_is_written_and_nothing_else(op, dtype, i, native):
+    args = arguments(op, dtype, i)
+    expected = tensors(op(*args))
+    native.guard_outputs(True)
+    try:
+        got = [y.clone() for y in tensors(op(*args))]
+        assert native.count_damaged_guards() == 0
+    finally:
+        native.guard_outputs(False)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32]))
+def test_reference_does_not_depend_on_uninitialised_memory(op, dtype, i, monkeypatch):
+    args = arguments(op, dtype, i)
+    with ops.use_backend("reference"):
+        expected = tensors(op(*args))
+        for name in ("empty", "empty_like", "empty_strided"):
+            plain = getattr(torch, name)
+
+            def poisoned(*a, _plain=plain, **k):
+                t = _plain(*a, **k)
+                return t.fill_(float("nan")) if t.is_floating_point() else t
+
+            monkeypatch.setattr(torch, name, poisoned)
+        got = tensors(op(*args))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32, torch.bfloat16], lambda op: op.out_shape))
+def test_out_form_writes_the_same_result(op, dtype, i):
+    args = arguments(op, dtype, i)
+    expected = op(*args)
+    margin = torch.full((expected.numel() + 128,), float("nan"), dtype=dtype)
+    out = margin[64:-64].view(expected.shape)
+    assert op.into(out, *args) is out
+    assert torch.equal(out, expected)
+    assert margin[:64].isnan().all() and margin[-64:].isnan().all()
+
+
+@pytest.mark.parametrize("op", [op for op in ALL if op.out_shape], ids=lambda op: op.name)
+def test_out_form_refuses_what_does_not_fit(op):
+    cases = (arguments(op, torch.float32, i) for i in range(len(op.samples(CPU, torch.float32))))
+    args = next(args for args in cases if op(*args).numel() > 1)
+    result = op(*args)
+    with pytest.raises(ValueError, match=f"{op.name}: out must be"):
+        op.into(result[:0], *args)
+    with pytest.raises(ValueError, match=f"{op.name}: out must be"):
+        op.into(result.double(), *args)
+    with pytest.raises(ValueError, match="does not support autograd"):
+        op.into(result.requires_grad_(), *args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_and_stride(op, dtype, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    args = op.random_args(lambda options: data.draw(st.sampled_from(options)), CPU, dtype)
+    assert_as_accurate_as_eager(op, args)
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_a_forced_backend_that_does_not_exist_is_an_error(op):
+    args = arguments(op, torch.float32, 0)
+    with ops.use_backend("npu_torch"), pytest.raises(ValueError, match="no backend 'npu_torch' on cpu"):
+        op(*args)
+
+
+@pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
+def test_explain_names_every_candidate_once(op):
+    lines = ops.explain(op.name, *arguments(op, torch.float32, 0)).splitlines()
+    assert [line.split(":")[0] for line in lines] == ops.table("cpu")[op.name]
+    assert sum(line.endswith("runs") for line in lines) == 1
+
+
+def test_explain_of_an_unknown_op_lists_the_known_ones():
+    with pytest.raises(ValueError, match="adaln_modulate"):
+        ops.explain("no_such_op")

@@ -90,9 +90,9 @@ class EMAAdamW(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             values = [state.get("master", p) for p, state in zip(params, states, strict=True)]
             self._adamw(group, values, [p.grad.to(v.dtype) for p, v in zip(params, values, strict=True)], states)
-            rounded = [(p, v) for p, v in zip(params, values, strict=True) if v is not p]
-            if rounded:
-                torch._foreach_copy_([p for p, _ in rounded], [v for _, v in rounded])
+            for p, value in zip(params, values, strict=True):
+                if value is not p:
+                    p.copy_(value)
         if self.ema_decay is not None:
             n = group["num_steps"]
             averaged = [p for p in group["params"] if self.state.get(p)]

@@ -24,9 +24,13 @@ def _load() -> str | None:
     record = package / "_C.build.json"
     if not record.exists():
         return f"not built; {_REBUILD}"
-    built_for = json.loads(record.read_text())["torch"]
-    if built_for != torch.__version__:
-        reason = f"built for torch {built_for}, this is torch {torch.__version__}; {_REBUILD}"
+    built = json.loads(record.read_text())
+    library = package / built["library"]
+    if built["torch"] != torch.__version__:
+        reason = f"built for torch {built['torch']}, this is torch {torch.__version__}; {_REBUILD}"
+    elif not library.exists() or library.stat().st_size != built["bytes"]:
+        # Loading a truncated library can end the process.
+        reason = f"{library.name} is missing or incomplete; {_REBUILD}"
     else:
         try:
             importlib.import_module("vidgen._C")

@@ -101,6 +101,30 @@ def test_inputs_are_left_alone_and_results_repeat(op, dtype, i):
     assert all(torch.equal(a, b) for a, b in zip(tensors(args), tensors(before), strict=True))
 
 
+def row(op, args, i):
+    """The arguments of row ``i`` of the batch alone; parameters and tables belong to every row."""
+    batch = args[0].shape[0]
+    names = [a.name for a in op.overload._schema.arguments]
+
+    def pick(name, a):
+        shared = not isinstance(a, torch.Tensor) or a.dim() < 2 or name in ("weight", "bias", "cos", "sin")
+        return a if shared or a.shape[0] != batch else a[i : i + 1]
+
+    return tuple(pick(name, a) for name, a in zip(names, args, strict=True))
+
+
+@pytest.mark.parametrize("op, dtype, i", sampled([torch.float32], differentiable))
+def test_a_row_of_a_batch_equals_the_call_on_that_row(op, dtype, i):
+    args = arguments(op, dtype, i)
+    whole = tensors(op(*args))
+    for b in range(args[0].shape[0]):
+        for alone, y in zip(tensors(op(*row(op, args, b))), whole, strict=True):
+            if op.composite:  # library calls may block a batch otherwise than a row
+                torch.testing.assert_close(alone, y[b : b + 1])
+            else:
+                assert torch.equal(alone, y[b : b + 1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op, dtype, i", sampled([torch.float64], differentiable))
 def test_gradients(op, dtype, i, backend):

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions to prompts: pure functions on strings."""
+
+from __future__ import annotations
+
+import html
+import re
+
+OPENSORA_PLAN_V1_5_PREFIX = "high quality, "
+
+_STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
+_REMOVED = re.compile(
+    r"</?[a-z][^<>]*>"  # HTML tags
+    r"|<?(https?://|www\.)[^\s<>]*>?"  # addresses of pages
+    r"|[\w.+-]+@[\w-]+(\.[\w-]+)+"  # addresses of people
+    r"|[\x00-\x08\x0e-\x1f\x7f\ufeff\u200b]"  # control and zero-width characters
+)
+
+
+def clean_caption(caption: str) -> str:
+    """Lower-case a caption and take out what was never said about the picture.
+
+    HTML entities are decoded; tags, web and mail addresses and control characters are removed; typographic quotes and
+    dashes become plain ones; white space is collapsed to single spaces and stripped. Words, punctuation and every
+    script stay. Cleaning twice is the same as once, so it does not matter that the original systems do so.
+
+    The original systems use a longer list of rules, which also drops Chinese, Japanese and Korean characters.
+    """
+    while (cleaned := _clean_once(caption)) != caption:
+        caption = cleaned  # decoding one entity can bring out another, or a tag
+    return caption
+
+
+def opensora_plan_v1_5_prompt(caption: str) -> str:
+    """The positive prompt that Open-Sora Plan v1.5 samples with: "high quality, " and the cleaned caption.
+
+    Negative prompts have no such prefix: clean them with ``clean_caption``.
+    """
+    return clean_caption(OPENSORA_PLAN_V1_5_PREFIX + caption)
+
+
+def _clean_once(caption: str) -> str:
+    caption = html.unescape(caption).lower().translate(_STRAIGHT)
+    return " ".join(_REMOVED.sub(" ", caption).split())

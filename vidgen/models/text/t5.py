@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder half of T5 (arXiv 1910.10683): one vector per token of the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .folder import import_transformers, load_model, load_tokenizer, tokenize
+
+
+class T5TextEncoder(nn.Module):
+    """Captions to hidden states and mask. Open-Sora Plan v1.5 uses T5-v1.1-XL (2048 channels), 512 tokens."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int = 512) -> None:
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"T5TextEncoder: max_length must be at least 1, got {max_length}")
+        self.model, self.tokenizer, self.max_length = model.eval().requires_grad_(False), tokenizer, max_length
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        max_length: int = 512,
+        *,
+        tokenizer_folder: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> T5TextEncoder:
+        """Load a local Hugging Face folder: ``config.json``, ``*.safetensors`` and the tokenizer's files.
+
+        Args:
+            folder: a T5 encoder, or a whole T5 of which the encoder is taken.
+            max_length: tokens that every caption is padded or cut to.
+            tokenizer_folder: where the tokenizer lies, if not beside the model.
+            dtype: of the weights; T5 overflows in float16, bfloat16 is safe.
+
+        Raises:
+            ImportError: transformers is not installed.
+            FileNotFoundError: a part is missing; the message names it.
+            ValueError: the weights do not fill the model.
+        """
+        transformers = import_transformers(cls.__name__)
+        model = load_model(transformers.T5EncoderModel, Path(folder), cls.__name__)
+        return cls(model.to(dtype), load_tokenizer(Path(tokenizer_folder or folder), cls.__name__), max_length)
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.d_model)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``(batch, max_length, channels)`` and mask ``(batch, max_length)`` bool, True = real token.
+
+        Padding is hidden from the encoder's attention. The empty caption still has one real token, the end of the
+        sequence.
+
+        Raises:
+            ValueError: ``captions`` is not a non-empty list of strings.
+        """
+        tokens = tokenize(self.tokenizer, captions, self.max_length, "T5TextEncoder")
+        device = self.model.device
+        mask = tokens["attention_mask"].to(device)
+        hidden = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        return hidden, mask.bool()

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint file formats: reading, writing, converting and merging."""
+"""File formats of model weights."""
+
+from .hf import PretrainedModel, from_pretrained, load_into, load_state_dict, save_pretrained
+
+__all__ = ["PretrainedModel", "from_pretrained", "load_into", "load_state_dict", "save_pretrained"]

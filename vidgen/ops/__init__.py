@@ -7,9 +7,14 @@ Attention tensors are ``(batch, sequence, heads, head_dim)``; videos and latents
 
 from ._registry import OPS, explain, table, use_backend
 from .adaln_modulate import adaln_modulate
+from .attention import attention, attention_lse
 from .causal_conv3d import causal_conv3d
 from .haar_2d import haar_2d, inverse_haar_2d
 from .haar_3d import haar_3d, inverse_haar_3d
+from .qk_norm_rope import qk_norm_rope
+from .rope_3d import rope_3d, rope_3d_table
+from .skiparse_attention import skiparse_attention
+from .skiparse_index import skiparse_index, skiparse_padded_length
 
 # The kernels join schemas that the imports above define.
 from ._native import status as native_status  # isort: skip
@@ -17,6 +22,8 @@ from ._native import status as native_status  # isort: skip
 __all__ = [
     "OPS",
     "adaln_modulate",
+    "attention",
+    "attention_lse",
     "causal_conv3d",
     "explain",
     "haar_2d",
@@ -24,6 +31,12 @@ __all__ = [
     "inverse_haar_2d",
     "inverse_haar_3d",
     "native_status",
+    "qk_norm_rope",
+    "rope_3d",
+    "rope_3d_table",
+    "skiparse_attention",
+    "skiparse_index",
+    "skiparse_padded_length",
     "table",
     "use_backend",
 ]

@@ -40,6 +40,7 @@ def test_spike_is_scaled_to_the_threshold_and_not_learned():
     before = clipping.state_dict()
     params = parameters(3.0)
     result = clipping(params)
+    assert result.threshold == pytest.approx(0.996 + 3 * 0.1 * (0.996 - 0.6))
     assert result.coefficient == pytest.approx(3.0 / result.threshold)
     assert gradient_norm([p.grad for p in params]) == pytest.approx(result.threshold, rel=1e-5)
     assert result.norm_after == pytest.approx(result.threshold, rel=1e-5)
@@ -62,6 +63,9 @@ def test_original_applies_the_extreme_step_and_stops():
     results = feed(clipping, [0.5, 8.0, 0.5])
     assert [r.skip for r in results] == [False] * 3
     assert [r.stop for r in results] == [False, True, True]
+    resumed = AdaptiveGradientClipping(reproduce_original=True)
+    resumed.load_state_dict(clipping.state_dict())
+    assert resumed(parameters(0.5)).stop
 
 
 def test_first_step_not_finite():

@@ -82,7 +82,7 @@ def test_resume_keeps_the_warmup_unless_told_not_to():
 
 def test_bfloat16_accumulates_steps_smaller_than_its_spacing():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = EMAAdamW([p], lr=1e-3, weight_decay=0.0)
+    optimizer = EMAAdamW([p], lr=1e-3, weight_decay=0.0, ema_decay=0.0)
     for _ in range(8):
         p.grad = torch.ones_like(p)
         optimizer.step()
@@ -90,6 +90,7 @@ def test_bfloat16_accumulates_steps_smaller_than_its_spacing():
     assert p.dtype == torch.bfloat16 and p[0] < 0.995
     assert optimizer.state[p]["master"].dtype == torch.float32
     torch.testing.assert_close(optimizer.state[p]["master"], torch.full((4,), 0.992), rtol=1e-4, atol=0)
+    assert torch.equal(optimizer.ema_parameters()[0], optimizer.state[p]["master"])  # averaged before rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

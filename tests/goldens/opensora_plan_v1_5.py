@@ -135,6 +135,9 @@ def _hidden_keys(table: Tensor, n: int, k: int, batch: int, pattern: str, stored
     for column in range(k * batch):
         tokens = table[:, column]
         real = tokens[tokens >= 0]
+        if not len(real):  # a group of padding only: nobody in it to ask
+            rows[column, 0, len(tokens) :] = (~text_valid[column]).to(stored.dtype)
+            continue
         b = column % batch
         visible = visual[b, real[0] // batch, 0] > 0
         rows[column, 0, : len(tokens)][tokens >= 0] = (~visible[real // batch]).to(stored.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,13 +30,18 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 # What a damaged or hostile file can drive PyTorch's restricted unpickler to.
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
     AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 SHOWN = 10  # names of each kind in an error message
 

@@ -46,7 +46,7 @@ class AdaNorm(nn.Module):
         self.norm_enc: Any = make_norm(kind, dim, eps) if text else None
 
     def forward(self, condition: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """``num_chunks`` modulations ``(batch, dim)`` of ``condition`` ``(batch, condition_dim)``, views of one tensor."""
+        """``(batch, condition_dim)`` to ``num_chunks`` modulations ``(batch, dim)``, views of one tensor."""
         return self.linear(condition).to(dtype).chunk(self.num_chunks, dim=-1)
 
 

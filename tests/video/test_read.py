@@ -210,8 +210,8 @@ def test_broken_clips(clip, kind, backend):
         reader.frames(range(reader.num_frames))
 
 
-@pytest.mark.parametrize("part", [0.4, 0.7])
-@pytest.mark.parametrize("kind", ["mp4", "fragments", "matroska", "webm", "avi"])
+@pytest.mark.parametrize("part", [0.4, 0.7, 0.85])
+@pytest.mark.parametrize("kind", ["mp4", "fragments", "matroska", "webm", "avi", "avi without times"])
 def test_truncated_files_whose_index_is_not_at_the_end(encode, kind, part):
     name, options = ("a.mp4", {"movflags": "faststart"}) if kind == "mp4" else FILES[kind][:2]
     path = encode(name, **options)
@@ -219,6 +219,34 @@ def test_truncated_files_whose_index_is_not_at_the_end(encode, kind, part):
     path.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(VideoError, match="truncated|broken|damaged|not a readable video"):
         open_video(path)
+
+
+def test_a_few_bytes_of_the_last_frame_cut_off(encode):
+    path = encode("a.mp4", movflags="faststart")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(VideoError, match="truncated in frame 39"):
+        open_video(path)
+
+
+def test_damage_that_decoders_conceal_unless_told_not_to(encode):
+    path = encode("a.avi", codec="mjpeg", pix_fmt="yuvj420p")
+    content = path.read_bytes()
+    draw = random.Random(0)
+    concealed = 0
+    for _ in range(20):
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed) // 3, len(changed) * 2 // 3)] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            with av.open(str(path)) as container:
+                assert len(list(container.decode(video=0))) == 40
+        except av.error.FFmpegError:
+            continue
+        try:
+            open_video(path)
+        except VideoError:
+            concealed += 1
+    assert concealed > 0
 
 
 def test_index_in_front_and_nothing_behind_it(encode):

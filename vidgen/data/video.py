@@ -214,6 +214,8 @@ class PyAVReader(_Closing):
                     continue
                 if packet.pts is None:
                     return
+                if packet.is_corrupt:
+                    raise VideoError(f"{self.path}: truncated in frame {count}")
                 count += 1
                 if packet.is_keyframe:
                     latest_key = packet.pts

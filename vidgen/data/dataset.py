@@ -104,8 +104,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
             clip = self.clips[candidate]
             # Also one met as broken before is tried again: another part of it may be sound, and what a sample becomes
             # must not depend on what this process has seen.
-            if _label(clip) in self.broken:
-                continue
             try:
                 video = self._read(clip, _generator("crop", self.seed, epoch, number, candidate))
             except VideoError as error:

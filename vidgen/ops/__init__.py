@@ -7,21 +7,18 @@ Attention tensors are ``(batch, sequence, heads, head_dim)``; videos and latents
 
 from ._registry import OPS, explain, table, use_backend
 from .adaln_modulate import adaln_modulate
-<<<<<<< HEAD
 from .attention import attention, attention_lse
 from .causal_conv3d import causal_conv3d
+from .gated_residual import gated_residual
+from .gated_residual_adaln import gated_residual_adaln
+from .group_norm_silu import group_norm_silu
 from .haar_2d import haar_2d, inverse_haar_2d
 from .haar_3d import haar_3d, inverse_haar_3d
+from .layer_norm_silu import layer_norm_silu
 from .qk_norm_rope import qk_norm_rope
 from .rope_3d import rope_3d, rope_3d_table
 from .skiparse_attention import skiparse_attention
 from .skiparse_index import skiparse_index, skiparse_padded_length
-=======
-from .gated_residual import gated_residual
-from .gated_residual_adaln import gated_residual_adaln
-from .group_norm_silu import group_norm_silu
-from .layer_norm_silu import layer_norm_silu
->>>>>>> 197da9a (Ops: gated residual, gated residual with adaLN, GroupNorm and LayerNorm with SiLU; gradients as ops of their own)
 
 # The kernels join schemas that the imports above define.
 from ._native import status as native_status  # isort: skip
@@ -33,17 +30,14 @@ __all__ = [
     "attention_lse",
     "causal_conv3d",
     "explain",
-<<<<<<< HEAD
+    "gated_residual",
+    "gated_residual_adaln",
+    "group_norm_silu",
     "haar_2d",
     "haar_3d",
     "inverse_haar_2d",
     "inverse_haar_3d",
-=======
-    "gated_residual",
-    "gated_residual_adaln",
-    "group_norm_silu",
     "layer_norm_silu",
->>>>>>> 197da9a (Ops: gated residual, gated residual with adaLN, GroupNorm and LayerNorm with SiLU; gradients as ops of their own)
     "native_status",
     "qk_norm_rope",
     "rope_3d",

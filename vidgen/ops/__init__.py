@@ -9,8 +9,12 @@ from ._registry import OPS, explain, table, use_backend
 from .adaln_modulate import adaln_modulate
 from .attention import attention, attention_lse
 from .causal_conv3d import causal_conv3d
+from .gated_residual import gated_residual
+from .gated_residual_adaln import gated_residual_adaln
+from .group_norm_silu import group_norm_silu
 from .haar_2d import haar_2d, inverse_haar_2d
 from .haar_3d import haar_3d, inverse_haar_3d
+from .layer_norm_silu import layer_norm_silu
 from .qk_norm_rope import qk_norm_rope
 from .rope_3d import rope_3d, rope_3d_table
 from .skiparse_attention import skiparse_attention
@@ -26,10 +30,14 @@ __all__ = [
     "attention_lse",
     "causal_conv3d",
     "explain",
+    "gated_residual",
+    "gated_residual_adaln",
+    "group_norm_silu",
     "haar_2d",
     "haar_3d",
     "inverse_haar_2d",
     "inverse_haar_3d",
+    "layer_norm_silu",
     "native_status",
     "qk_norm_rope",
     "rope_3d",

@@ -107,7 +107,8 @@ def row(op, args, i):
     names = [a.name for a in op.overload._schema.arguments]
 
     def pick(name, a):
-        shared = not isinstance(a, torch.Tensor) or a.dim() < 2 or (name in ("cos", "sin") and a.dim() == 2)
+        table = name == "weight" or (name in ("cos", "sin") and a.dim() == 2)
+        shared = table or not isinstance(a, torch.Tensor) or a.dim() < 2
         return a if shared or a.shape[0] != batch else a[i : i + 1]
 
     return tuple(pick(name, a) for name, a in zip(names, args, strict=True))

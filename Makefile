@@ -6,6 +6,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEVICE ?= cpu
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # pip's shared environment settings stay as they are; torch is named so that no dependency replaces it
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo   train and sample a tiny text-to-video model on three real clips"
-	@echo "make test   run the tests (make test-slow: the long ones)"
+	@echo "make test   run the tests, JOBS=2 at a time (make test-slow: the long ones)"
 	@echo "make bench  measure the ops (DEVICE=cpu|cuda)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make setup  only prepare .venv, with everything for development"
@@ -39,7 +40,7 @@ demo: setup
 	$(BIN)/python -m vidgen.demo --output demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

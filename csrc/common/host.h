@@ -29,6 +29,13 @@ at::Tensor new_output(at::IntArrayRef sizes, const at::TensorOptions& options);
 void guard_outputs(bool on);
 int64_t count_damaged_guards();
 
+// Kernels write `out` as one block of memory.
+inline void require_out(const char* op, const at::Tensor& out, at::IntArrayRef sizes, const at::Tensor& like) {
+  TORCH_CHECK(out.is_contiguous() && out.sizes() == sizes && out.scalar_type() == like.scalar_type(), op,
+              ": out must be contiguous ", sizes, " of ", like.scalar_type(), ", got ", out.sizes(), " of ",
+              out.scalar_type());
+}
+
 // Calls the Python reference of an op, `vidgen::<name>_reference`, with the signature of that op's kernel.
 template <typename Result, typename... Args, typename... Given>
 Result call_reference(Result (*)(Args...), const char* name, Given&&... given) {

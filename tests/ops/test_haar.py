@@ -77,6 +77,22 @@ def test_not_finite_values_stay_in_their_windows(dtype):
     assert bad.any((0, 1, 2, 3)).nonzero().flatten().tolist() == [3, 10, 69]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_the_nearest_and_ties_are_to_even(dtype):
+    """Sums of integers are exact in float32, so that only the last rounding counts, and half of them are ties."""
+    torch.manual_seed(0)
+    bound = 200 if dtype == torch.bfloat16 else 2000
+    x = torch.randint(-bound, bound, (1, 2, 3, 4, 280)).to(dtype)
+    y = torch.randint(-bound, bound, (1, 16, 3, 4, 140)).to(dtype)
+    for op, args in (
+        ("haar_3d", (x, 1.0, True)),
+        ("haar_2d", (x, 0.5)),
+        ("inverse_haar_3d", (y, 1.0, False)),
+        ("inverse_haar_2d", (y, 0.5)),
+    ):
+        assert torch.equal(ops.OPS[op](*args), ops.OPS[op].reference(*args))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

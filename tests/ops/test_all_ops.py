@@ -107,8 +107,9 @@ def row(op, args, i):
     names = [a.name for a in op.overload._schema.arguments]
 
     def pick(name, a):
-        table = name == "weight" or (name in ("cos", "sin") and a.dim() == 2)
-        shared = table or not isinstance(a, torch.Tensor) or a.dim() < 2
+        if not isinstance(a, torch.Tensor) or a.dim() < 2:
+            return a
+        shared = name == "weight" or (name in ("cos", "sin") and a.dim() == 2)
         return a if shared or a.shape[0] != batch else a[i : i + 1]
 
     return tuple(pick(name, a) for name, a in zip(names, args, strict=True))

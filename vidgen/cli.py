@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: verbs only; each is a function elsewhere, imported when its verb is used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vidgen import __version__, config
+from vidgen.io import LockError
+
+USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    0: done, also where SIGTERM ended training after a checkpoint. 2: something that the user gave does not fit, in
+    one line. 3: training stopped itself, the last checkpoint is intact. 130: ctrl-C.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.verb != "train":
+        parser.error(f"unknown arguments: {' '.join(rest)} (see vidgen {options.verb} --help)")
+    options.overrides = rest
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from vidgen.train.errors import TrainingStopped
+
+    try:
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print("vidgen: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (TrainingStopped, ValueError, OSError, ImportError, LockError) as error:
+        if options.traceback:
+            raise
+        print(f"vidgen {options.verb}: {error}", file=sys.stderr)
+        return STOPPED if isinstance(error, TrainingStopped) else USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("vidgen", description="Train and sample video diffusion transformers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_train(_verb(verbs, "train", _train, "train a VAE or a DiT from a recipe"))
+    _add_sample(_verb(verbs, "sample", _sample, "prompts to videos"))
+    _add_reconstruct(_verb(verbs, "reconstruct", _reconstruct, "send a clip through a VAE and back"))
+    env = _verb(verbs, "env", _env, "versions, devices, and which kernels can run")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu (default auto)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default fp32")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and shapes, do nothing")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "vidgen train CONFIG [--section.field VALUE ...] [--resume auto|none|PATH] [--dry-run]"
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="recipe (YAML or JSON), for example under configs/")
+    parser.add_argument("--resume", default="auto", help="auto (default): from the newest checkpoint, if any")
+    parser.add_argument("--replay", type=Path, metavar="FOLDER", help="repeat a skipped step and say what went wrong")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the shapes, do nothing")
+    parser.epilog = "Any field of the recipe can be set: --training.steps 500 --optimizer.lr 3e-4 --output runs/a"
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="run, checkpoint, or model folder")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt per line")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default outputs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=8.0, help="1 is none (default 8)")
+    parser.add_argument("--guidance-rescale", type=float, default=0.7, metavar="R", help="default 0.7")
+    parser.add_argument("--shift", type=float, default=7.0, help="of the noise schedule (default 7)")
+    for name in ("frames", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="default: what the model was trained on")
+    parser.add_argument("--fps", type=float, help="default: what the model was trained on")
+    for name, what in (("vae", "VAE"), ("t5", "T5 text encoder"), ("clip", "CLIP text encoder")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=f"{what}; default: the model's own")
+    _add_common(parser)
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("clip", type=Path, metavar="CLIP", help="a video file")
+    parser.add_argument("--vae", type=Path, required=True, metavar="FOLDER", help="VAE, or the run that trained it")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default outputs")
+    parser.add_argument("--frames", type=int, default=17, metavar="N", help="8n+1 (default 17)")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first frame (default 0)")
+    parser.add_argument("--height", type=int, metavar="N", help="default: the clip's, cut to a multiple of 8")
+    parser.add_argument("--width", type=int, metavar="N", help="default: the clip's, cut to a multiple of 8")
+    parser.add_argument("--fps", type=float, help="default: the clip's")
+    _add_common(parser)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from vidgen.train.loop import replay, train
+    from vidgen.train.recipe import load_recipe
+    from vidgen.train.tasks import describe
+
+    recipe = load_recipe(options.config, options.overrides)
+    if options.dry_run:
+        _print({"recipe": config.to_dict(recipe), **describe(recipe)})
+        return 0
+    if options.replay is not None:
+        _print(replay(recipe, options.replay))
+        return 0
+    report = train(recipe, resume=options.resume)
+    _print({name: value for name, value in report.items() if not isinstance(value, list)})
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from vidgen.pipelines.text_to_video import SampleSettings, describe_sample, read_prompts, sample_videos
+
+    prompts = [*options.prompt, *(read_prompts(options.prompt_file) if options.prompt_file else [])]
+    names = SampleSettings.__dataclass_fields__
+    settings = SampleSettings(**{name: value for name, value in vars(options).items() if name in names})
+    if options.dry_run:
+        _print(describe_sample(options.model, settings))
+        return 0
+    for result in sample_videos(options.model, prompts, options.output, settings):
+        print(result["video"])
+    return 0
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    from vidgen.pipelines.reconstruct import ReconstructSettings, reconstruct
+
+    names = ReconstructSettings.__dataclass_fields__
+    settings = ReconstructSettings(**{name: value for name, value in vars(options).items() if name in names})
+    _print(reconstruct(options.clip, options.vae, options.output, settings, dry_run=options.dry_run))
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    from vidgen import environment
+
+    facts = environment.report()
+    print(json.dumps(facts, indent=2) if options.json else environment.text(facts))
+    return 0
+
+
+def _print(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts and clips to videos on disk: encode, sample, decode, write."""

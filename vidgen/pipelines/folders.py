@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the parts of a text-to-video model lie.
+
+A checkpoint of a run says so in its ``pipeline.json``; a model folder in diffusers' layout by its subfolders
+``transformer``, ``vae``, ``text_encoder`` (T5) and ``text_encoder_2`` (CLIP), with ``tokenizer`` and ``tokenizer_2``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vidgen import config
+from vidgen.io import newest_valid, read_json, write_json
+
+PIPELINE = "pipeline.json"
+PARTS = ("transformer", "vae", "t5", "clip")
+LAYOUT = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "text_encoder_2"}
+TOKENIZERS = {"t5": "tokenizer", "clip": "tokenizer_2"}
+
+
+@dataclass
+class Parts:
+    """Folders of the parts, and what the transformer was trained on; the defaults are the release's."""
+
+    transformer: Path
+    vae: Path | None = None
+    t5: Path | None = None
+    clip: Path | None = None
+    num_frames: int = 121
+    height: int = 576
+    width: int = 1024
+    fps: float = 24.0
+    t5_max_length: int = 512
+    clip_max_length: int = 77
+    prompt_prefix: str = "high quality, "
+
+    def tokenizer(self, name: str) -> Path | None:
+        """Folder of the tokenizer of "t5" or "clip": one of its own, or None where it lies with the encoder."""
+        encoder = getattr(self, name)
+        own = encoder.parent / TOKENIZERS[name]
+        return own if encoder.name == LAYOUT[name] and own.is_dir() else None
+
+
+def find_parts(model: str | Path, **given: Path | None) -> Parts:
+    """The parts of a model: a run (its newest good checkpoint), a checkpoint, or a model folder.
+
+    Args:
+        given: folders of ``vae``, ``t5`` and ``clip`` to use instead of the model's own.
+
+    Raises:
+        ValueError: no such folder, nothing in it that is known, or a part that is missing.
+    """
+    model = Path(model)
+    if not model.is_dir():
+        raise ValueError(f"model: {model} is not a folder")
+    checkpoint = model if (model / PIPELINE).is_file() else newest_valid(model)
+    if checkpoint is not None and (checkpoint / PIPELINE).is_file():
+        parts = _read(checkpoint)
+    elif (model / LAYOUT["transformer"] / "config.json").is_file():
+        found = {name: model / folder for name, folder in LAYOUT.items() if (model / folder).is_dir()}
+        parts = _with_folders(Parts(model), found)
+    elif (model / "config.json").is_file():
+        parts = Parts(transformer=model)
+    else:
+        raise ValueError(f"model: {model} holds no checkpoint, no {LAYOUT['transformer']} folder and no config.json")
+    parts = _with_folders(parts, {name: path for name, path in given.items() if path is not None})
+    for name in PARTS[1:]:
+        if getattr(parts, name) is None:
+            raise ValueError(f"model: {model} does not say where its {name} lies; give --{name} FOLDER")
+        if not getattr(parts, name).is_dir():
+            raise ValueError(f"model: the folder of its {name}, {getattr(parts, name)}, does not exist; give --{name}")
+    assert parts.vae is not None
+    return replace(parts, vae=weights_folder(parts.vae))
+
+
+def _read(folder: Path) -> Parts:
+    values: dict[str, Any] = read_json(folder / PIPELINE)
+    parts = config.load(Parts, values)
+    found = {name: folder / path for name in PARTS if (path := getattr(parts, name)) is not None}
+    return _with_folders(parts, {name: Path(os.path.normpath(path)) for name, path in found.items()})
+
+
+def _with_folders(parts: Parts, folders: Mapping[str, Path]) -> Parts:
+    changes: dict[str, Any] = dict(folders)
+    return replace(parts, **changes)
+
+
+def write_parts(parts: Parts, folder: Path) -> None:
+    """Write ``pipeline.json`` into ``folder``, with paths relative to it, so that a tree of runs can be moved."""
+    relative = {
+        name: Path(os.path.relpath(path, folder.resolve())) if path.is_absolute() else path
+        for name in PARTS
+        if (path := getattr(parts, name)) is not None
+    }
+    write_json(folder / PIPELINE, config.to_dict(_with_folders(parts, relative)))
+
+
+def weights_folder(path: str | Path, part: str = "ema") -> Path:
+    """The model folder that ``path`` stands for: itself, or the newest good checkpoint of that run.
+
+    Of a checkpoint the averaged weights are taken, or the trained ones where it keeps no average.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    path = Path(path)
+    for folder in (path, newest_valid(path)):
+        for candidate in (folder, folder / part, folder / "model") if folder is not None else ():
+            if (candidate / "config.json").is_file():
+                return candidate
+    raise ValueError(f"{path}: no model there, and no run with a checkpoint")

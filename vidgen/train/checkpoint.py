@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: ``step_00000010/``, complete or absent, whatever moment the writer is killed at.
+
+model/               weights as trained, a folder that from_pretrained reads
+ema/                 averaged weights, the same (where an average is kept)
+optimizer.safetensors, optimizer.json
+rng.safetensors, state.json   random generators, step, samples seen, clipping statistics
+config.yaml          the recipe
+manifest.json        size and SHA-256 of everything above
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidgen import device as devices
+from vidgen.io import commit_directory, newest_valid, read_json, verify_manifest, write_json
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "step_"
+
+
+def checkpoint_path(run: str | Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return Path(run) / f"{PREFIX}{step:08d}"
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoint folders of a run by their names, oldest first, verified or not."""
+    name = re.compile(re.escape(PREFIX) + r"\d+")
+    return sorted((p for p in Path(run).glob(PREFIX + "*") if name.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def save_checkpoint(run: str | Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Let ``fill(folder)`` write the parts, commit them under the name of the step, then delete all but ``keep``.
+
+    Whatever ``fill`` or the disk raises passes through after the unfinished folder is removed; older checkpoints are
+    deleted only once the new one is complete.
+
+    Raises:
+        OSError: the disk is full, or read-only, or gone.
+    """
+    final = checkpoint_path(run, step)
+    temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if final.exists():  # damaged, or from a line of steps that the run has since left
+            final.rename(replaced)
+        commit_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    older = [path for path in checkpoints(run) if int(path.name[len(PREFIX) :]) < step]
+    for path in older[: max(0, len(older) + 1 - keep)]:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def remove_unfinished(run: str | Path) -> None:
+    """Delete what a killed save has left. Only for the holder of the run's lock."""
+    for path in Path(run).glob(f"{PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoint(run: str | Path, resume: str) -> Path | None:
+    """The checkpoint to go on from: ``resume`` is "auto" (the newest that verifies), "none", or a path.
+
+    Raises:
+        ValueError: a path that holds no checkpoint or a damaged one; "none" where the run has checkpoints already;
+            "auto" where it has some but none that verifies.
+    """
+    if resume == "none":
+        if found := checkpoints(run):
+            raise ValueError(
+                f"{run} holds a run already (newest: {found[-1].name}); go on with --resume auto, "
+                "or give another --output"
+            )
+        return None
+    if resume == "auto":
+        newest = newest_valid(run, PREFIX)
+        if newest is None and checkpoints(run):
+            raise ValueError(f"{run}: no checkpoint verifies; refusing to start from nothing over them")
+        return newest
+    path = Path(resume)
+    if problems := verify_manifest(path):
+        raise ValueError(f"--resume {resume}: {'; '.join(problems[:10])}")
+    return path
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write ``optimizer.safetensors`` (tensors as ``INDEX.NAME``) and ``optimizer.json`` (the groups)."""
+    from safetensors.torch import save_file
+
+    state = optimizer.state_dict()
+    tensors = {
+        f"{i}.{name}": value.contiguous() for i, parts in state["state"].items() for name, value in parts.items()
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", state["param_groups"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restore what `save_optimizer` wrote. Raises ValueError where it is another optimizer's."""
+    from safetensors.torch import load_file
+
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = read_json(folder / "optimizer.json")
+    current = optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in current]:
+        raise ValueError(f"{folder}: the optimizer's parameters are not those of this model")
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    # moments follow their parameters, as torch saves them without a device
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_state(folder: Path, state: dict[str, Any], device: torch.device) -> None:
+    """Write ``state.json`` and the random generators (Python's, torch's, the device's)."""
+    from safetensors.torch import save_file
+
+    version, words, gauss = random.getstate()
+    generators = {"torch": torch.get_rng_state()}
+    if (own := devices.rng_state(device)) is not None:
+        generators["device"] = own
+    save_file(generators, folder / "rng.safetensors")
+    write_json(folder / "state.json", {**state, "python_rng": [version, list(words), gauss]})
+
+
+def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Restore the random generators and return the rest of what `save_state` was given."""
+    from safetensors.torch import load_file
+
+    state = read_json(folder / "state.json")
+    version, words, gauss = state.pop("python_rng")
+    random.setstate((version, tuple(words), gauss))
+    generators = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(generators["torch"])
+    if "device" in generators and device.type != "cpu":
+        devices.set_rng_state(device, generators["device"])
+    return state

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a training run: what a YAML file under ``configs/`` may say, with defaults and checks.
+
+Defaults are those of the Open-Sora Plan v1.5 release where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vidgen import config
+from vidgen.checkpoints.hf import read_config
+from vidgen.models import autoencoders, opensora_plan_v1_5
+
+from .vae_loss import VAELossConfig
+
+
+@dataclass
+class Data:
+    """Clips and how they are cut: ``num_frames`` frames at ``fps``, resized and centre-cropped."""
+
+    path: Path
+    num_frames: int
+    height: int
+    width: int
+    fps: float | None = None  # None keeps each clip's own rate
+    num_workers: int = 0
+    cache: Path | None = None  # where latents and text embeddings are kept; each clip is then encoded once
+    max_broken_fraction: float = 0.02
+
+    def validate(self) -> list[str]:
+        problems = list(_positive(self, "height", "width", "num_frames"))
+        if self.num_frames % 8 != 1:
+            problems.append(f"num_frames must be 8n+1, got {self.num_frames}")
+        if self.height % 8 or self.width % 8:
+            problems.append(f"height and width must be multiples of 8, got {self.height} and {self.width}")
+        if self.fps is not None and self.fps <= 0:
+            problems.append(f"fps must be positive, got {self.fps}")
+        if self.num_workers < 0:
+            problems.append(f"num_workers must not be negative, got {self.num_workers}")
+        if not 0 <= self.max_broken_fraction <= 1:
+            problems.append(f"max_broken_fraction must lie in [0, 1], got {self.max_broken_fraction}")
+        return problems
+
+
+@dataclass
+class Optimizer:
+    """AdamW with an average of the weights; the rate rises over ``warmup_steps``, then stays or falls as a cosine."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-15
+    weight_decay: float = 1e-4
+    ema_decay: float | None = 0.9999
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_fraction: float = 0.0  # of lr, where the cosine ends
+
+    def validate(self) -> list[str]:
+        problems = list(_not_negative(self, "lr", "eps", "weight_decay", "warmup_steps", "final_lr_fraction"))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
+        return problems
+
+
+@dataclass
+class Clipping:
+    """Gradient clipping: a threshold that follows the norm ("adaptive"), a fixed one ("norm"), or none."""
+
+    method: Literal["adaptive", "norm", "none"] = "adaptive"
+    decay: float = 0.99  # of the statistics of "adaptive"
+    max_norm: float = 1.0  # of "norm"
+
+    def validate(self) -> list[str]:
+        problems = list(_positive(self, "max_norm"))
+        if not 0 < self.decay < 1:
+            problems.append(f"decay must lie in (0, 1), got {self.decay}")
+        return problems
+
+
+@dataclass
+class Training:
+    """Length and shape of the run. One optimizer step sees ``batch_size * accumulation`` samples."""
+
+    steps: int
+    batch_size: int = 1
+    accumulation: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    max_skipped_steps: int = 3  # that many steps in a row without a usable gradient end the run
+    max_failed_saves: int = 3  # that many failed checkpoints in a row end the run
+
+    def validate(self) -> list[str]:
+        names = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
+        return list(_positive(self, *names, "max_skipped_steps", "max_failed_saves"))
+
+
+@dataclass
+class Text:
+    """Folders of the two text encoders, and how captions enter."""
+
+    t5: Path | None = None
+    clip: Path | None = None
+    t5_max_length: int = 512
+    clip_max_length: int = 77
+    caption_dropout: float = 0.1  # the caption is replaced by an empty one, for both encoders together
+
+    def validate(self) -> list[str]:
+        problems = list(_positive(self, "t5_max_length", "clip_max_length"))
+        if not 0 <= self.caption_dropout <= 1:
+            problems.append(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        return problems
+
+
+@dataclass
+class Diffusion:
+    """Noise levels of the flow-matching loss."""
+
+    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    shift: float | None = None  # None: the dynamic shift of the resolution
+
+    def validate(self) -> list[str]:
+        return [f"shift must be positive, got {self.shift}"] if self.shift is not None and self.shift <= 0 else []
+
+
+@dataclass
+class Recipe:
+    """A whole run. ``task`` says what is trained: the "vae", or the "dit" on latents of a finished VAE.
+
+    ``model`` holds a ``preset`` and any field of the model's configuration, which overrides the preset, or
+    ``pretrained``: a folder to start from.
+    """
+
+    task: Literal["vae", "dit"]
+    output: Path
+    data: Data
+    training: Training
+    model: dict[str, Any] = field(default_factory=dict)
+    vae: Path | None = None  # folder of the VAE, or of the run that trained it; only for "dit"
+    text: Text = field(default_factory=Text)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    loss: dict[str, Any] = field(default_factory=dict)  # weights of the VAE's loss
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    clipping: Clipping = field(default_factory=Clipping)
+    seed: int = 0
+    device: str = "auto"
+
+    def validate(self) -> list[str]:
+        problems = []
+        if self.task == "dit":
+            missing = {"vae": self.vae, "text.t5": self.text.t5, "text.clip": self.text.clip}
+            problems += [f"{name}: missing; training a dit needs it" for name, path in missing.items() if path is None]
+        if self.seed < 0:
+            problems.append(f"seed: must not be negative, got {self.seed}")
+        for build in (model_config, vae_loss_config):
+            try:
+                build(self)
+            except config.ConfigError as error:
+                problems += error.problems
+        return problems
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from YAML or JSON, with dotted overrides. Raises ConfigError with all problems at once."""
+    return config.load(Recipe, source, overrides or ())
+
+
+def model_config(recipe: Recipe) -> Any:
+    """The model's configuration: that of ``model.pretrained``, or ``model.preset`` changed by the other fields.
+
+    Raises:
+        ConfigError: unknown preset, unknown fields or wrong values, each with its dotted path.
+    """
+    presets: dict[str, Any] = autoencoders.PRESETS if recipe.task == "vae" else opensora_plan_v1_5.PRESETS
+    fields = dict(recipe.model)
+    if "pretrained" in fields:
+        folder = fields.pop("pretrained")
+        if fields:
+            raise config.ConfigError([f"model.{name}: cannot be combined with pretrained" for name in fields])
+        return read_config(model_class(recipe), folder)
+    name = fields.pop("preset", None)
+    if name is not None and name not in presets:
+        raise config.ConfigError([f"model.preset: wanted one of {', '.join(presets)}, got {name!r}"])
+    base = config.to_dict(presets[name]) if name is not None else {}
+    return _load_section(model_class(recipe).config_class, base | fields, "model")
+
+
+def model_class(recipe: Recipe) -> Any:
+    """The class that the task trains."""
+    return autoencoders.WFVAE if recipe.task == "vae" else opensora_plan_v1_5.SparseUMMDiT
+
+
+def vae_loss_config(recipe: Recipe) -> Any:
+    """The weights of the VAE's loss. Raises ConfigError."""
+    if recipe.task != "vae" and recipe.loss:
+        raise config.ConfigError([f"loss.{name}: only a vae has a loss to configure" for name in recipe.loss])
+    return _load_section(VAELossConfig, recipe.loss, "loss")
+
+
+def _load_section(cls: type, values: dict[str, Any], path: str) -> Any:
+    try:
+        return config.load(cls, values)
+    except config.ConfigError as error:
+        raise config.ConfigError([f"{path}.{problem}" for problem in error.problems]) from error
+
+
+def _positive(section: Any, *names: str) -> Iterator[str]:
+    for name in names:
+        if not getattr(section, name) > 0:
+            yield f"{name} must be positive, got {getattr(section, name)}"
+
+
+def _not_negative(section: Any, *names: str) -> Iterator[str]:
+    for name in names:
+        if getattr(section, name) < 0:
+            yield f"{name} must not be negative, got {getattr(section, name)}"

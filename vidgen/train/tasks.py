@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained: a VAE on clips, or a DiT on the latents and captions of clips. The loop knows only `Task`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vidgen import config as loading
+from vidgen import device as devices
+from vidgen.checkpoints.hf import PretrainedModel
+from vidgen.data.dataset import ClipDataset, ShuffledSampler, read_annotations
+from vidgen.diffusion import flow_matching_loss
+from vidgen.models.autoencoders.causal import split_moments
+from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
+from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
+from vidgen.pipelines.folders import Parts, weights_folder, write_parts
+
+from .features import FeatureCache, Features, clip_key, folder_fingerprint, stack
+from .recipe import Recipe, model_class, model_config, vae_loss_config
+from .vae_loss import vae_loss
+
+NUM_STATISTICS_CLIPS = 64  # at most this many clips say what the latents' mean and spread are
+
+
+class Task:
+    """A model, its batches and its loss. Subclasses say what a batch is worth."""
+
+    model: PretrainedModel
+
+    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
+        cls = model_class(recipe)
+        self.recipe, self.device = recipe, device
+        self.dtype = devices.compute_dtype(device, recipe.training.precision)
+        weights = weights or recipe.model.get("pretrained")
+        if weights is not None:
+            model = cls.from_pretrained(weights, dtype=self.dtype, device=device)
+        else:
+            model = cls(model_config(recipe)).to(device, self.dtype)
+        self.model = model.train().requires_grad_(True)
+        if recipe.training.activation_checkpointing:
+            if not hasattr(model, "gradient_checkpointing"):
+                raise ValueError(f"training.activation_checkpointing: {cls.__name__} does not offer it")
+            model.gradient_checkpointing = True
+        data = recipe.data
+        self.dataset = ClipDataset(
+            read_annotations(data.path),
+            data.num_frames,
+            data.height,
+            data.width,
+            data.fps,
+            recipe.seed,
+            max_broken_fraction=data.max_broken_fraction,
+        )
+        self.cache = FeatureCache(data.cache) if data.cache is not None else None
+        self._loader: Any = None
+
+    # Batches
+
+    def samples(self, start: int) -> Iterator[dict[str, Any]]:
+        """Batches without end, from sample number ``start`` of the run on."""
+        return self._decoded(start) if self.cache is None else self._remembered(start)
+
+    def _decoded(self, start: int) -> Iterator[dict[str, Any]]:
+        loader = DataLoader(
+            self.dataset,
+            self.recipe.training.batch_size,
+            sampler=ShuffledSampler(len(self.dataset), self.recipe.seed, start),
+            num_workers=self.recipe.data.num_workers,
+            generator=torch.Generator().manual_seed(self.recipe.seed),  # its draws stay out of the global generator
+        )
+        for batch in loader:
+            self.dataset.note_replaced(batch["replaced"])
+            yield batch
+
+    def _remembered(self, start: int) -> Iterator[dict[str, Any]]:
+        """One fixed part of each clip, computed before the first step; broken clips are left out."""
+        assert self.cache is not None
+        numbers, entries = self._compute_features(self.cache)
+        order = iter(ShuffledSampler(len(entries), self.recipe.seed, start))
+        while True:
+            indices = [next(order) for _ in range(self.recipe.training.batch_size)]
+            clips = [self.dataset.clips[numbers[i % len(entries)]] for i in indices]
+            captions = [
+                clip.captions[i // len(entries) % len(clip.captions)] for i, clip in zip(indices, clips, strict=True)
+            ]
+            features = stack([entries[i % len(entries)] for i in indices])
+            yield {**features, "caption": captions, "path": [str(clip.path) for clip in clips]}
+
+    def _compute_features(self, cache: FeatureCache) -> tuple[list[int], list[Features]]:
+        dataset, numbers, entries = self.dataset, [], []
+        kind = {**self.feature_kind(), "seed": dataset.seed}
+        kind |= {name: getattr(dataset, name) for name in ("num_frames", "height", "width", "fps")}
+        for number, clip in enumerate(dataset.clips):
+            compute = functools.partial(self._features_of, number)
+            try:
+                entry = cache.get({**kind, **clip_key(clip), "number": number}, compute)
+            except (_BrokenClip, FileNotFoundError):
+                dataset[number]  # notes it, and stops the run if there are too many
+                continue
+            numbers.append(number)
+            entries.append(entry)
+        self.features_are_ready()
+        return numbers, entries
+
+    def _features_of(self, number: int) -> Features:
+        sample = self.dataset[number]
+        if sample["replaced"] != "[]":
+            raise _BrokenClip
+        return {name: value[0].cpu() for name, value in self.features(sample["video"][None]).items()}
+
+    def features(self, video: Tensor) -> Features:
+        """What is kept of a video ``(1, 3, frames, height, width)``; ``(1, ...)`` each."""
+        return {"video": video}
+
+    def feature_kind(self) -> dict[str, Any]:
+        """What the features depend on beside the clip."""
+        return {"kind": "video"}
+
+    def features_are_ready(self) -> None:
+        """Let go what was only needed to compute features."""
+
+    # Training
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss of a batch and its terms; all draws come from ``generator``, on the CPU."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """After the last step, with the averaged weights in the model: what the saved model still needs."""
+
+    # Saving
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a checkpoint holds beside the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"broken": self.dataset.broken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset.broken = dict(state["broken"])
+
+    def report(self) -> dict[str, Any]:
+        broken = [{"path": path, "reason": reason} for path, reason in self.dataset.broken.items()]
+        facts: dict[str, Any] = {"num_clips": len(self.dataset), "broken_clips": broken}
+        if self.cache is not None:
+            facts["cache"] = {"hits": self.cache.hits, "misses": self.cache.misses}
+        return facts
+
+
+class _BrokenClip(Exception):
+    """The clip cannot be used; the dataset has noted why."""
+
+
+class VAETask(Task):
+    """Reconstruct clips."""
+
+    model: WFVAE
+
+    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
+        super().__init__(recipe, device, weights)
+        self.loss_config = vae_loss_config(recipe)
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        video = batch["video"].to(self.device, self.dtype)
+        noise = torch.randn(latent_shape(self.model, video), generator=generator).to(self.device, self.dtype)
+        return vae_loss(self.model(video, noise=noise), video, self.loss_config)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Measure the latents: per channel ``shift`` is their mean, ``scale`` one over their standard deviation."""
+        samples: Any = self._remembered(0) if self.cache is not None else self._decoded(0)
+        sums = squares = count = torch.zeros((), dtype=torch.float64)
+        numbers = range(min(len(self.dataset), NUM_STATISTICS_CLIPS))
+        batches = -(-len(numbers) // self.recipe.training.batch_size)
+        for _ in range(batches):
+            video = next(samples)["video"].to(self.device, self.dtype)
+            mean, logvar = split_moments(self.model.encode_moments(video))
+            mean, variance = mean.double().cpu(), logvar.double().exp().cpu()
+            sums = sums + mean.sum((0, 2, 3, 4))
+            squares = squares + (mean**2 + variance).sum((0, 2, 3, 4))
+            count = count + mean[:, 0].numel()
+        shift = sums / count
+        spread = (squares / count - shift**2).clamp(min=1e-12).sqrt()
+        self.model.config = dataclasses.replace(
+            self.model.config, shift=tuple(shift.tolist()), scale=tuple((1 / spread).tolist())
+        )
+
+
+class DiTTask(Task):
+    """Predict the velocity of noisy latents, from their captions."""
+
+    model: SparseUMMDiT
+    vae: WFVAE | None
+    encoders: tuple[T5TextEncoder, CLIPTextEncoder] | None
+
+    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
+        super().__init__(recipe, device, weights)
+        text = recipe.text
+        if recipe.vae is None or text.t5 is None or text.clip is None:
+            raise ValueError("recipe: training a dit needs vae, text.t5 and text.clip")
+        self.vae_folder = weights_folder(recipe.vae)
+        self.vae = WFVAE.from_pretrained(self.vae_folder, dtype=self.dtype, device=device).requires_grad_(False)
+        t5 = T5TextEncoder.from_pretrained(text.t5, text.t5_max_length, dtype=self.dtype).to(device)
+        clip = CLIPTextEncoder.from_pretrained(text.clip, text.clip_max_length, dtype=self.dtype).to(device)
+        self.encoders = t5, clip
+        self._check_widths(t5, clip)
+        self._texts: dict[str, Features] = {}
+        if self.cache is not None:
+            prints = [folder_fingerprint(text.t5), folder_fingerprint(text.clip)]
+            self._text_kind = {"text": prints, "lengths": [text.t5_max_length, text.clip_max_length]}
+
+    def _check_widths(self, t5: T5TextEncoder, clip: CLIPTextEncoder) -> None:
+        assert self.vae is not None
+        found = {
+            "in_channels": (self.vae.config.latent_dim, "the VAE's latents"),
+            "out_channels": (self.vae.config.latent_dim, "the VAE's latents"),
+            "caption_channels": (t5.channels, "T5's hidden states"),
+            "pooled_projection_dim": (clip.channels, "CLIP's projection"),
+        }
+        problems = [
+            f"model.{name} must be {wanted}, the width of {what}, got {getattr(self.model.config, name)}"
+            for name, (wanted, what) in found.items()
+            if getattr(self.model.config, name) != wanted
+        ]
+        if problems:
+            raise ValueError("recipe: " + "; ".join(problems))
+
+    # Latents
+
+    @torch.no_grad()
+    def features(self, video: Tensor) -> Features:
+        """Mean and standard deviation of the scaled latent, in float32."""
+        assert self.vae is not None
+        mean, logvar = split_moments(self.vae.encode_moments(video.to(self.device, self.dtype)).float())
+        config, shape = self.vae.config, (1, -1, 1, 1, 1)
+        scale = torch.tensor(config.scale or [1.0], device=mean.device).view(shape)
+        shift = torch.tensor(config.shift or [0.0], device=mean.device).view(shape)
+        return {"mean": (mean - shift) * scale, "std": (logvar / 2).exp() * scale.abs()}
+
+    def feature_kind(self) -> dict[str, Any]:
+        return {"kind": "latent", "vae": folder_fingerprint(self.vae_folder), "precision": str(self.dtype)}
+
+    def features_are_ready(self) -> None:
+        """With latents and captions kept, the encoders are needed no longer."""
+        for caption in ["", *(caption for clip in self.dataset.clips for caption in clip.captions)]:
+            self._text(caption)
+        self.vae = self.encoders = None
+
+    def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        if "mean" not in batch:
+            batch.update(self.features(batch["video"]))
+        mean, std = batch["mean"], batch["std"]
+        return mean.to(self.device) + std.to(self.device) * torch.randn(mean.shape, generator=generator).to(self.device)
+
+    # Captions
+
+    def _text(self, caption: str) -> Features:
+        """Both encoders' views of one caption, under the model's argument names; ``(...)`` without a batch axis."""
+        caption = clean_caption(caption)
+        if caption in self._texts:
+            return self._texts[caption]
+        if self.cache is None:
+            return self._encode(caption)
+        key = {**self._text_kind, "kind": "caption", "caption": caption, "precision": str(self.dtype)}
+        self._texts[caption] = entry = self.cache.get(key, lambda: self._encode(caption))
+        return entry
+
+    def _encode(self, caption: str) -> Features:
+        assert self.encoders is not None
+        t5, clip = self.encoders
+        hidden, mask = t5.encode([caption])
+        return {
+            "encoder_hidden_states": hidden[0],
+            "encoder_attention_mask": mask[0],
+            "pooled_projections": clip.encode([caption])[0],
+        }
+
+    # Training
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = self._latents(batch, generator)
+        kept = torch.rand(len(latents), generator=generator) >= self.recipe.text.caption_dropout
+        captions = [caption if keep else "" for caption, keep in zip(batch["caption"], kept.tolist(), strict=True)]
+        text = {name: value.to(self.device) for name, value in stack([self._text(c) for c in captions]).items()}
+        options = self.recipe.diffusion
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.model(x.to(self.dtype), timestep, **text)
+
+        loss = flow_matching_loss(
+            velocity,
+            latents,
+            density=options.density,
+            weighting=options.weighting,
+            shift=options.shift,
+            generator=generator,
+        )
+        return loss, {}
+
+    def save_beside(self, folder: Path) -> None:
+        data, text = self.recipe.data, self.recipe.text
+        averaged = self.recipe.optimizer.ema_decay is not None
+        parts = Parts(
+            transformer=Path("ema" if averaged else "model"),
+            vae=self.vae_folder.resolve(),
+            t5=text.t5 and text.t5.resolve(),
+            clip=text.clip and text.clip.resolve(),
+            num_frames=data.num_frames,
+            height=data.height,
+            width=data.width,
+            fps=data.fps or 24.0,
+            t5_max_length=text.t5_max_length,
+            clip_max_length=text.clip_max_length,
+            prompt_prefix="",  # captions had none
+        )
+        write_parts(parts, folder)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"vae": VAETask, "dit": DiTTask}
+
+
+def build_task(recipe: Recipe, device: torch.device, weights: Path | None = None) -> Task:
+    """The task of a recipe; ``weights`` is the model folder to go on from instead of a fresh or pretrained model."""
+    return TASKS[recipe.task](recipe, device, weights)
+
+
+def latent_shape(vae: WFVAE, video: Tensor) -> tuple[int, ...]:
+    """Shape of the latent of a video ``(batch, 3, frames, height, width)``."""
+    batch, _, frames, height, width = video.shape
+    return batch, vae.config.latent_dim, (frames - 1) // 8 + 1, height // 8, width // 8
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """Parameters and shapes of a recipe, without loading or drawing any weight."""
+    data, batch = recipe.data, recipe.training.batch_size
+    config = model_config(recipe)
+    with torch.device("meta"):
+        model = model_class(recipe)(config)
+    latent = [(data.num_frames - 1) // 8 + 1, data.height // 8, data.width // 8]
+    channels = config.latent_dim if recipe.task == "vae" else config.in_channels
+    facts: dict[str, Any] = {
+        "model": loading.to_dict(config),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "clips": len(read_annotations(data.path)) if data.path.exists() else f"{data.path} does not exist",
+        "video_shape": [batch, 3, data.num_frames, data.height, data.width],
+        "latent_shape": [batch, channels, *latent],
+        "samples_per_step": batch * recipe.training.accumulation,
+    }
+    if recipe.task == "dit":
+        facts["tokens"] = latent[0] * (latent[1] // config.patch_size) * (latent[2] // config.patch_size)
+        facts["text_tokens"] = recipe.text.t5_max_length
+    return facts

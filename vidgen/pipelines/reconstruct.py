@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from vidgen import __version__
 from vidgen import device as devices
 from vidgen.data.transforms import frame_indices, resize_crop, to_frames
-from vidgen.data.video import contact_sheet, open_video, write_video
+from vidgen.data.video import VideoError, contact_sheet, open_video, write_video
 from vidgen.evaluation.metrics import psnr, ssim
 from vidgen.io import write_json
 from vidgen.models.autoencoders.wfvae import WFVAE
@@ -92,9 +93,10 @@ def reconstruct(
     write_video(video, torch.cat([before, after], dim=2), fps)
     every = max(1, -(-len(before) // SHEET_FRAMES))
     contact_sheet(sheet, [("original", before), ("reconstruction", after)], every=every)
+    decibels = float(psnr(to_video(after), to_video(before)))
     facts |= {
         "latent_shape": latent_shape,
-        "psnr": float(psnr(to_video(after), to_video(before))),
+        "psnr": decibels if math.isfinite(decibels) else None,  # None: the frames are equal
         "ssim": float(ssim(to_video(after), to_video(before))),
         "seconds": seconds,
         "versions": {"vidgen": __version__, "torch": torch.__version__},
@@ -115,7 +117,10 @@ def read_clip(clip: str | Path, settings: ReconstructSettings) -> tuple[Tensor, 
         left = reader.num_frames - settings.start
         if left < 1 or settings.start < 0:
             raise ValueError(f"reconstruct: start must lie in 0..{reader.num_frames - 1}, got {settings.start}")
-        indices = frame_indices(left, reader.fps, settings.fps, settings.frames, start=settings.start)
+        try:
+            indices = frame_indices(left, reader.fps, settings.fps, settings.frames, start=settings.start)
+        except VideoError as error:
+            raise VideoError(f"{clip}: {error}") from error
         return resize_crop(reader.frames(indices), height, width), settings.fps or reader.fps
 
 

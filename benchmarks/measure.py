@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing in turns: in every round each candidate once, and of each candidate the median over the rounds."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from originals import ORIGINALS, Original, Step, bind, relative_error, tolerance
+
+from vidgen import device as devices
+from vidgen import ops
+
+MATMUL_SIZE = {"cpu": 1024}  # large enough for the peak; accelerators: 8192
+SECONDS_PER_TURN = 0.02  # fast candidates run several times in a turn
+failed: list[str] = []
+
+
+def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for every op, dtype and workload asked for; what does not equal its original is refused and listed."""
+    device = devices.resolve(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    names = arguments.op or sorted(ORIGINALS)
+    if unknown := [name for name in names if name not in ORIGINALS]:
+        sys.exit(f"benchmarks/run.py: no op {unknown[0]!r}; there are {', '.join(sorted(ORIGINALS))}")
+    clock = clock_for(device, arguments.threads)
+    for name in names:
+        for dtype_name in arguments.dtype or ("bfloat16", "float32"):
+            dtype = getattr(torch, dtype_name)
+            workloads = ops.OPS[name].workloads(device, dtype)
+            for shape in list(workloads)[: 1 if arguments.quick else None]:
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    times = measure(name, workloads[shape](), clock, device, arguments.quick)
+                if times is not None:
+                    yield row(name, dtype_name, shape, arguments.threads, device, times)
+
+
+def measure(
+    name: str, args: tuple[Any, ...], clock: Callable[[], float], device: torch.device, quick: bool
+) -> dict[str, float] | None:
+    """Seconds of ``ours``, ``eager``, ``compile`` where that works, and ``roofline``."""
+    op, original = ops.OPS[name], ORIGINALS[name]
+    candidates: dict[str, Step] = {"ours": lambda: op(*args), "eager": bind(original, args)}
+    if not agrees(name, candidates["eager"](), op(*args), args[0].dtype):
+        return None
+    if not quick and (compiled := compile_original(name, original, args)) is not None:
+        candidates["compile"] = compiled
+    cost = op.cost(*args)
+    candidates["copy"] = copy_step(cost.bytes, args[0])
+    if cost.flops:
+        size = MATMUL_SIZE.get(device.type, 8192)
+        a, b = (torch.randn(size, size, device=device, dtype=args[0].dtype) for _ in range(2))
+        candidates["matmul"] = lambda: a @ b
+    times = in_turns(candidates, clock, rounds=3 if quick else 9)
+    by_flops = times["matmul"] * cost.flops / (2 * size**3) if cost.flops else 0.0
+    return {**times, "roofline": max(times["copy"], by_flops)}
+
+
+def agrees(name: str, original: Any, ours: Any, dtype: torch.dtype) -> bool:
+    error = relative_error(original, ours)
+    if error <= tolerance(dtype):
+        return True
+    failed.append(name)
+    print(f"{name}: differs from its original by {error:.1e} ({dtype}); no figures", file=sys.stderr)
+    return False
+
+
+def compile_original(name: str, original: Original, args: tuple[Any, ...]) -> Step | None:
+    torch._dynamo.reset()
+    # One forward serves many backward passes here.
+    with torch._functorch.config.patch(donated_buffer=False):
+        try:
+            step = bind(original, args, lambda run: torch.compile(run, dynamic=False))
+            compiled = step()
+        except RuntimeError as error:  # what torch.compile, its code generation and its C++ compiler raise
+            print(f"{name}: torch.compile fails: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+            return None
+    return step if agrees(f"torch.compile of {name}", compiled, bind(original, args)(), args[0].dtype) else None
+
+
+def copy_step(moved: int, like: torch.Tensor) -> Step:
+    """Reads and writes as many bytes as the op has to."""
+    source = torch.zeros(max(1, moved // 2 // like.element_size()), dtype=like.dtype, device=like.device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def clock_for(device: torch.device, threads: int) -> Callable[[], float]:
+    """On one thread the time that the process computed, which other programs on the machine disturb least."""
+    if device.type == "cpu":
+        return time.process_time if threads == 1 else time.perf_counter
+
+    def after_the_queue() -> float:
+        devices.synchronize(device)
+        return time.perf_counter()
+
+    return after_the_queue
+
+
+def in_turns(candidates: dict[str, Step], clock: Callable[[], float], rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
+    repeats = {}
+    for name, step in candidates.items():
+        step()  # warms up
+        once = seconds(step, 1, clock)
+        repeats[name] = min(100, max(1, round(SECONDS_PER_TURN / max(once, 1e-6))))
+    turns = [{name: seconds(step, repeats[name], clock) for name, step in candidates.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in candidates}
+
+
+def seconds(step: Step, repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        step()
+    return (clock() - start) / repeats
+
+
+def row(
+    name: str, dtype: str, shape: str, threads: int, device: torch.device, times: dict[str, float]
+) -> dict[str, Any]:
+    def ratio(to: str) -> str:
+        return f"{times[to] / times['ours']:.2f}" if to in times else ""
+
+    return {
+        "op": name,
+        "dtype": dtype,
+        "shape": shape,
+        "threads": threads,
+        "capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "median_ms": f"{times['ours'] * 1e3:.3f}",
+        "ratio_to_eager": ratio("eager"),
+        "ratio_to_compile": ratio("compile"),
+        "ratio_to_roofline": ratio("roofline"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type != "cpu":
+        return devices.describe(device).partition("(")[2].rstrip(")")
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

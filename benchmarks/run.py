@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures the ops against what users would run without them; see ``--help``.
+
+Starts itself anew with the settings that its figures are defined for, then measures (measure.py) and reports
+(report.py).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+SETTINGS = {
+    # Memory is kept and used again, as long-running programs and good allocators do: with the C library's defaults
+    # every large result is mapped and paged in anew, which costs more than most of these ops.
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+    # A fallback would be measured under a kernel's name.
+    "VIDGEN_STRICT": "1",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py",
+        description="Ratios of each op to eager PyTorch as the original systems write it, to torch.compile of that, "
+        "and to the roofline, all measured in turns in one run. Updates csv and chart in the output folder.",
+    )
+    parser.add_argument("--op", action="append", help="only this op (may be given again)")
+    parser.add_argument(
+        "--dtype", action="append", choices=("bfloat16", "float32", "float16"), help="default: first two"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or npu (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="1 (default) counts process CPU time, more wall clock")
+    parser.add_argument("--quick", action="store_true", help="first workload of each op, 3 rounds, no torch.compile")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    if os.environ.get("VIDGEN_BACKEND"):
+        sys.exit("benchmarks/run.py: unset VIDGEN_BACKEND: a forced backend is not what users get")
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
+        environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(arguments.threads)}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+    import measure
+    import report
+
+    rows = []
+    for row in measure.measure_all(arguments):
+        rows.append(row)
+        report.write(rows, arguments.output)  # after each: a run that is stopped keeps what it has
+    if not rows:
+        sys.exit("benchmarks/run.py: nothing was measured")
+    report.chart(arguments.output / report.file_name(rows[0], ".csv"))
+    print(report.markdown(rows))
+    return 1 if measure.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

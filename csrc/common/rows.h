@@ -25,7 +25,7 @@ constexpr int64_t kWidth = Wide::size();
 using Whole = std::integral_constant<int64_t, kWidth>;
 
 template <typename T>
-Wide load_row(const T* from, Whole = {}) {
+C10_ALWAYS_INLINE Wide load_row(const T* from, Whole = {}) {
   if constexpr (std::is_same_v<T, float>) {
     return Wide::loadu(from);
   } else {
@@ -34,7 +34,7 @@ Wide load_row(const T* from, Whole = {}) {
 }
 
 template <typename T>
-void store_row(T* to, const Wide& value, Whole = {}) {
+C10_ALWAYS_INLINE void store_row(T* to, const Wide& value, Whole = {}) {
   if constexpr (std::is_same_v<T, float>) {
     value.store(to);
   } else {

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+// Norm over head_dim, rotation and group-skip order for queries or keys; float32 inside. Compiled once per instruction
+// set. One token at a time: its heads are widened into scratch that stays in the nearest cache, and all horizontal sums
+// are taken before the first is needed, so that their latencies overlap.
+#include "cpu/kernels/qk_norm_rope.h"
+
+#include <ATen/Parallel.h>
+
+#include "common/rotation.h"
+
+namespace vidgen {
+namespace CPU_CAPABILITY {
+namespace {
+
+// Row of a token in group-skip order: see skiparse_index.py.
+int64_t grouped_row(int64_t token, int64_t padded, int64_t k) {
+  return token / k % k * (padded / k) + token / (k * k) * k + token % k;
+}
+
+int64_t tokens_per_task(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
+
+// Sum over one head in scratch of term(vector), which gets offsets too.
+template <typename F>
+float sum_head(int64_t dim, F term) {
+  Vec total(0);
+  int64_t j = 0;
+  for (; j + Vec::size() <= dim; j += Vec::size()) total = total + term(j);
+  if (j < dim) total = total + Vec::set(Vec(0), term(j), dim - j);
+  return at::vec::vec_reduce_all<float>([](auto a, auto b) { return a + b; }, total);
+}
+
+// Subtracts the mean of each head where the norm is a LayerNorm; rstd of each head.
+void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float eps) {
+  if (layer) {
+    for (int64_t h = 0; h < heads; ++h) rstd[h] = sum_head(dim, [&](int64_t j) { return Vec::loadu(x + h * dim + j); });
+    for (int64_t h = 0; h < heads; ++h) {
+      const float mean = rstd[h] / dim;
+      float* head = x + h * dim;
+      int64_t j = 0;
+      for (; j + Vec::size() <= dim; j += Vec::size()) (Vec::loadu(head + j) - Vec(mean)).store(head + j);
+      for (; j < dim; ++j) head[j] -= mean;
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    const float* head = x + h * dim;
+    rstd[h] = sum_head(dim, [&](int64_t j) { return Vec::loadu(head + j) * Vec::loadu(head + j); });
+  }
+  for (int64_t h = 0; h < heads; h += Vec::size()) {
+    (Vec(1) / (Vec::loadu(rstd + h) / Vec(dim) + Vec(eps)).sqrt()).store(rstd + h);
+  }
+}
+
+// head_dim parameters as float32; `otherwise` where there are none.
+template <typename T>
+void widen_parameter(float* to, const std::optional<at::Tensor>& t, int64_t dim, float otherwise) {
+  if (t) {
+    widen_heads(to, t->const_data_ptr<T>(), 1, dim, dim);
+  } else {
+    std::fill_n(to, dim, otherwise);
+  }
+}
+
+// Channels a and b of each pair, in the order of the tables.
+void split_pairs(float* a, float* b, const float* x, const Pairs& pairs, int64_t dim) {
+  if (pairs.interleaved) {
+    for (int64_t j = 0; j < dim / 2; ++j) a[j] = x[2 * j], b[j] = x[2 * j + 1];
+  }
+  for (const int64_t h : pairs.halves) {
+    a = std::copy_n(x, h, a);
+    b = std::copy_n(x + h, h, b);
+    x += 2 * h;
+  }
+}
+
+// One token at a time, q, k and v together: a packed projection is then read from front to back.
+template <typename T>
+class Forward {
+ public:
+  Forward(const NormRopeTensors& t, const NormRope& how)
+      : t_(t), how_(how), heads_(t.q.size(2)), dim_(t.q.size(3)), channels_(heads_ * dim_) {}
+
+  void run() const {
+    const int64_t tokens = t_.q.size(1), padded = t_.new_q.size(1);
+    at::parallel_for(0, t_.q.size(0) * padded, tokens_per_task(channels_), [&](int64_t begin, int64_t end) {
+      Scratch scratch(2 * channels_ + heads_ + 11 * dim_, 21);
+      Rows rows{scratch.row(channels_), scratch.row(channels_), scratch.row(heads_)};
+      Angles angles(scratch, dim_ / 2);
+      Parameters of_q(scratch, t_.q_weight, t_.q_bias, how_, dim_), of_k(scratch, t_.k_weight, t_.k_bias, how_, dim_);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t b = row / padded, token = row % padded;
+        const int64_t to = (b * padded + grouped_row(token, padded, how_.sparse_n)) * channels_;
+        if (token >= tokens) {
+          for (const at::Tensor& out : {t_.new_q, t_.new_k, t_.new_v}) {
+            if (out.numel()) std::fill_n(out.mutable_data_ptr<T>() + to, channels_, T(0));
+          }
+          continue;
+        }
+        if (how_.cos) {
+          const Turn turn = angles.read(*how_.cos, *how_.sin, b, token, false);
+          of_q.weigh(turn, dim_ / 2);
+          of_k.weigh(turn, dim_ / 2);
+        }
+        one(t_.new_q.mutable_data_ptr<T>() + to, t_.q, b, token, rows, of_q);
+        one(t_.new_k.mutable_data_ptr<T>() + to, t_.k, b, token, rows, of_k);
+        if (t_.v) copy_heads(t_.new_v.mutable_data_ptr<T>() + to, token_row(*t_.v, b, token), t_.v->stride(2));
+      }
+    });
+  }
+
+ private:
+  struct Rows {
+    float *plain, *rotated, *rstd;
+  };
+  struct Parameters {
+    float *weight, *bias, *weight_a, *weight_b, *turns[4];
+    bool folded;  // the weight goes into the angles: saves a pass over the heads, but cannot be where there is a bias
+    Turn turn{};
+
+    Parameters(Scratch& scratch, const std::optional<at::Tensor>& w, const std::optional<at::Tensor>& b,
+               const NormRope& how, int64_t dim)
+        : weight(scratch.row(dim)),
+          bias(scratch.row(dim)),
+          weight_a(scratch.row(dim / 2)),
+          weight_b(scratch.row(dim / 2)),
+          folded(how.cos && !b) {
+      widen_parameter<T>(weight, w, dim, 1);
+      widen_parameter<T>(bias, b, dim, 0);
+      for (auto& row : turns) row = scratch.row(dim / 2);
+      if (folded) split_pairs(weight_a, weight_b, weight, how.pairs, dim);
+    }
+
+    void weigh(const Turn& plain, int64_t pairs) {
+      turn = plain;
+      if (!folded) return;
+      for (int64_t j = 0; j < pairs; ++j) {
+        turns[0][j] = plain.cos_a[j] * weight_a[j];
+        turns[1][j] = plain.sin_b[j] * weight_b[j];
+        turns[2][j] = plain.cos_b[j] * weight_b[j];
+        turns[3][j] = plain.sin_a[j] * weight_a[j];
+      }
+      turn = {turns[0], turns[1], turns[2], turns[3]};
+    }
+  };
+
+  static const T* token_row(const at::Tensor& x, int64_t b, int64_t token) {
+    return x.const_data_ptr<T>() + b * x.stride(0) + token * x.stride(1);
+  }
+
+  void one(T* to, const at::Tensor& x, int64_t b, int64_t token, const Rows& rows, const Parameters& of) const {
+    const T* from = token_row(x, b, token);
+    widen_heads(rows.plain, from, heads_, dim_, x.stride(2));
+    centre(rows.plain, rows.rstd, heads_, dim_, how_.layer, static_cast<float>(how_.eps));
+    if (!of.folded) {
+      for (int64_t h = 0; h < heads_; ++h) scale(rows.plain + h * dim_, rows.rstd[h], of);
+    }
+    if (how_.cos) {
+      rotate_heads(rows.rotated, rows.plain, of.turn, how_.pairs, heads_, dim_, of.folded ? rows.rstd : nullptr,
+                   [&](int64_t h) {
+                     prefetch_head(from + x.stride(1) + h * x.stride(2), dim_);
+                     prefetch_head(to + h * dim_, dim_);
+                   });
+    }
+    narrow_row(to, how_.cos ? rows.rotated : rows.plain, channels_);
+  }
+
+  void scale(float* head, float rstd, const Parameters& of) const {
+    int64_t j = 0;
+    for (; j + Vec::size() <= dim_; j += Vec::size()) {
+      const Vec normalised = Vec::loadu(head + j) * Vec(rstd);
+      at::vec::fmadd(normalised, Vec::loadu(of.weight + j), Vec::loadu(of.bias + j)).store(head + j);
+    }
+    for (; j < dim_; ++j) head[j] = head[j] * rstd * of.weight[j] + of.bias[j];
+  }
+
+  void copy_heads(T* to, const T* from, int64_t head_stride) const {
+    if (head_stride == dim_) {
+      std::copy_n(from, channels_, to);
+    } else {
+      for (int64_t h = 0; h < heads_; ++h) std::copy_n(from + h * head_stride, dim_, to + h * dim_);
+    }
+  }
+
+  const NormRopeTensors& t_;
+  const NormRope& how_;
+  const int64_t heads_, dim_, channels_;
+};
+
+// Gradients of x, weight and bias.
+template <typename T>
+struct Backward {
+  const at::Tensor &grad_x, &grad, &x;
+  const NormRope& how;
+  int64_t tokens = x.size(1), heads = x.size(2), dim = x.size(3), channels = heads * dim, padded = grad.size(1);
+
+  // Sums over tokens are cut into as many parts on any number of threads, so that the result does not depend on it.
+  static constexpr int64_t kParts = 64;
+
+  void run(const at::Tensor& grad_weight, const at::Tensor& grad_bias, const std::optional<at::Tensor>& weight) const {
+    const int64_t rows = x.size(0) * tokens, per_part = (rows + kParts - 1) / kParts;
+    std::vector<double> sums(kParts * 2 * dim);  // per part: of the weight, of the bias
+    at::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(3 * channels + heads + 2 * dim, 7);
+      float *g = scratch.row(channels), *unrotated = scratch.row(channels), *plain = scratch.row(channels);
+      float *rstd = scratch.row(heads), *w = scratch.row(dim);
+      Angles angles(scratch, dim / 2);
+      widen_parameter<T>(w, weight, dim, 1);
+      for (int64_t p = begin; p < end; ++p) {
+        for (int64_t row = p * per_part; row < std::min(rows, (p + 1) * per_part); ++row) {
+          const int64_t sample = row / tokens, token = row % tokens;
+          const int64_t grad_row = grouped_row(token, padded, how.sparse_n);
+          widen_heads(g, grad.const_data_ptr<T>() + sample * grad.stride(0) + grad_row * grad.stride(1), heads, dim,
+                      grad.stride(2));
+          widen_heads(plain, x.const_data_ptr<T>() + sample * x.stride(0) + token * x.stride(1), heads, dim,
+                      x.stride(2));
+          if (how.cos) {
+            const Turn turn = angles.read(*how.cos, *how.sin, sample, token, true);
+            rotate_heads(unrotated, g, turn, how.pairs, heads, dim, nullptr, [](int64_t) {});
+          } else {
+            std::swap(unrotated, g);
+          }
+          centre(plain, rstd, heads, dim, how.layer, static_cast<float>(how.eps));
+          double* sum = sums.data() + p * 2 * dim;
+          differentiate(unrotated, plain, rstd, w, sum, sum + dim);
+          narrow_row(grad_x.mutable_data_ptr<T>() + row * channels, plain, channels);
+        }
+      }
+    });
+    for (int64_t p = 1; p < kParts; ++p) {
+      for (int64_t j = 0; j < 2 * dim; ++j) sums[j] += sums[p * 2 * dim + j];
+    }
+    std::copy_n(sums.data(), dim, grad_weight.mutable_data_ptr<T>());
+    std::copy_n(sums.data() + dim, dim, grad_bias.mutable_data_ptr<T>());
+  }
+
+  // g: gradient of the norm's result; x: its input, centred, replaced by its gradient.
+  void differentiate(float* g_heads, float* x_heads, const float* rstd, const float* w, double* weight_sum,
+                     double* bias_sum) const {
+    for (int64_t h = 0; h < heads; ++h) {
+      float *g = g_heads + h * dim, *xs = x_heads + h * dim;
+      const float r = rstd[h];
+      for (int64_t j = 0; j < dim; ++j) {
+        xs[j] *= r;
+        weight_sum[j] += g[j] * xs[j];
+        bias_sum[j] += g[j];
+        g[j] *= w[j];
+      }
+      const float along = sum_head(dim, [&](int64_t j) { return Vec::loadu(g + j) * Vec::loadu(xs + j); }) / dim;
+      const float mean = how.layer ? sum_head(dim, [&](int64_t j) { return Vec::loadu(g + j); }) / dim : 0;
+      for (int64_t j = 0; j < dim; ++j) xs[j] = r * (g[j] - mean - along * xs[j]);
+    }
+  }
+};
+
+}  // namespace
+
+void qk_norm_rope(const NormRopeTensors& t, const NormRope& how) {
+  VIDGEN_DISPATCH_FLOATS(t.q.scalar_type(), "qk_norm_rope", [&] { Forward<scalar_t>(t, how).run(); });
+}
+
+void qk_norm_rope_backward(const at::Tensor& grad_x, const at::Tensor& grad_weight, const at::Tensor& grad_bias,
+                           const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                           const NormRope& how) {
+  VIDGEN_DISPATCH_FLOATS(x.scalar_type(), "qk_norm_rope_backward",
+                         [&] { Backward<scalar_t>{grad_x, grad, x, how}.run(grad_weight, grad_bias, weight); });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace vidgen

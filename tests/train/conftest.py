@@ -44,7 +44,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(parts: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """``make_recipe("dit", training={...}, ...)``: a tiny recipe with sections changed; output is ``tmp_path/run``."""
+    """``make_recipe("dit", training={...})``: a tiny recipe, sections changed, model replaced; output is tmp_path/run."""
 
     def make(task: str = "vae", **changes: Any) -> Recipe:
         values: dict[str, Any] = {
@@ -62,7 +62,8 @@ def make_recipe(parts: Path, tmp_path: Path) -> Callable[..., Recipe]:
             values["vae"] = parts / "vae"
             values["text"] = {"t5": parts / "text" / "t5", "clip": parts / "text" / "clip", "t5_max_length": 16}
         for name, section in changes.items():
-            values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+            merged = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+            values[name] = section if name == "model" else merged
         return load_recipe(values)
 
     return make

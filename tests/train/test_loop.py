@@ -228,6 +228,25 @@ def test_resume_from_a_path(make_recipe, tmp_path):
         train(second, resume=str(tmp_path / "nowhere"))
 
 
+def test_resume_refuses_another_model_and_tells_other_changes(make_recipe, caplog):
+    train(make_recipe())
+    with pytest.raises(ValueError, match="model.latent_dim None is now 6"):
+        train(make_recipe(model={"preset": "tiny", "latent_dim": 6}))
+    with pytest.raises(ValueError, match="training.precision 'fp32' is now 'bf16'"):
+        train(make_recipe(training={"precision": "bf16"}))
+    train(make_recipe(optimizer={"lr": 1e-4}, training={"steps": 7}))
+    assert "optimizer.lr 0.001 is now 0.0001" in caplog.text and "steps" not in caplog.text
+
+
+def test_training_goes_on_from_a_pretrained_run(make_recipe, tmp_path):
+    first = make_recipe()
+    train(first)
+    model = {"pretrained": str(first.output)}
+    second = make_recipe(output=tmp_path / "second", model=model, training={"steps": 1})
+    train(second)
+    assert losses(second.output)[0] < losses(first.output)[0]
+
+
 def test_damaged_newest_checkpoint_is_passed_over(make_recipe, tmp_path, caplog):
     recipe = make_recipe()
     train(recipe)

@@ -35,6 +35,7 @@ from .tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
 
+FIXED = ("task", "model.", "training.precision")  # parts of a recipe that a checkpoint cannot be resumed without
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
 
 
@@ -127,8 +128,11 @@ class _Run:
 
     def _load(self, folder: Path) -> None:
         saved = config.load(Recipe, folder / "config.yaml")
-        for line in _differences(config.to_dict(saved), config.to_dict(self.recipe)):
-            logger.warning("going on with a changed recipe: %s", line)
+        changes = dict(_differences(config.to_dict(saved), config.to_dict(self.recipe)))
+        if fixed := [text for name, text in changes.items() if name.startswith(FIXED)]:
+            raise ValueError(f"resume: {folder} was trained with another recipe: {'; '.join(fixed)}")
+        for text in changes.values():
+            logger.warning("going on with a changed recipe: %s", text)
         checkpoint.load_optimizer(self.optimizer, folder)
         state = checkpoint.load_state(folder, self.device)
         self.step, self.skipped, self.skipped_in_row = state["step"], state["skipped"], state["skipped_in_row"]
@@ -260,7 +264,10 @@ class _Run:
         self.skipped_in_row += 1
         logger.warning("step %d is skipped: %s", self.step, reason)
         if self.skipped <= MAX_DUMPS:
-            self._dump(reason, loss, norm, batches)
+            try:
+                self._dump(reason, loss, norm, batches)
+            except OSError as error:
+                logger.error("the skipped step could not be kept: %s", error)
         limit = self.recipe.training.max_skipped_steps
         if self.skipped_in_row >= limit:
             raise TrainingStopped(
@@ -362,10 +369,11 @@ def _finite(t: Tensor) -> bool:
     return bool(torch.isfinite(t).all())
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
-    for name in new:
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and description of every value that differs, but for those that may."""
+    for name in sorted(old.keys() | new.keys()):
         here = f"{path}.{name}" if path else name
-        if isinstance(new[name], dict) and isinstance(old.get(name), dict):
+        if isinstance(new.get(name), dict) and isinstance(old.get(name), dict):
             yield from _differences(old[name], new[name], here)
-        elif old.get(name) != new[name] and here not in ("output", "training.steps"):
-            yield f"{here} {old.get(name)!r} is now {new[name]!r}"
+        elif old.get(name) != new.get(name) and here not in ("output", "training.steps"):
+            yield here, f"{here} {old.get(name)!r} is now {new.get(name)!r}"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from vidgen import config
 from vidgen.checkpoints.hf import read_config
 from vidgen.models import autoencoders, opensora_plan_v1_5
+from vidgen.pipelines.folders import weights_folder
 
 from .vae_loss import VAELossConfig
 
@@ -179,6 +180,7 @@ def model_config(recipe: Recipe) -> Any:
 
     Raises:
         ConfigError: unknown preset, unknown fields or wrong values, each with its dotted path.
+        ValueError: ``model.pretrained`` holds no such model.
     """
     presets: dict[str, Any] = autoencoders.PRESETS if recipe.task == "vae" else opensora_plan_v1_5.PRESETS
     fields = dict(recipe.model)
@@ -186,7 +188,7 @@ def model_config(recipe: Recipe) -> Any:
         folder = fields.pop("pretrained")
         if fields:
             raise config.ConfigError([f"model.{name}: cannot be combined with pretrained" for name in fields])
-        return read_config(model_class(recipe), folder)
+        return read_config(model_class(recipe), weights_folder(folder))
     name = fields.pop("preset", None)
     if name is not None and name not in presets:
         raise config.ConfigError([f"model.preset: wanted one of {', '.join(presets)}, got {name!r}"])

@@ -40,7 +40,8 @@ class Task:
         cls = model_class(recipe)
         self.recipe, self.device = recipe, device
         self.dtype = devices.compute_dtype(device, recipe.training.precision)
-        weights = weights or recipe.model.get("pretrained")
+        if weights is None and "pretrained" in recipe.model:
+            weights = weights_folder(recipe.model["pretrained"])
         if weights is not None:
             model = cls.from_pretrained(weights, dtype=self.dtype, device=device)
         else:
@@ -61,13 +62,17 @@ class Task:
             max_broken_fraction=data.max_broken_fraction,
         )
         self.cache = FeatureCache(data.cache) if data.cache is not None else None
-        self._loader: Any = None
+        self._remembered: tuple[list[int], list[Features]] | None = None
 
     # Batches
 
     def samples(self, start: int) -> Iterator[dict[str, Any]]:
         """Batches without end, from sample number ``start`` of the run on."""
-        return self._decoded(start) if self.cache is None else self._remembered(start)
+        if self.cache is None:
+            return self._decoded(start)
+        if self._remembered is None:
+            self._remembered = self._compute_features(self.cache)
+        return self._kept(start, *self._remembered)
 
     def _decoded(self, start: int) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
@@ -81,21 +86,18 @@ class Task:
             self.dataset.note_replaced(batch["replaced"])
             yield batch
 
-    def _remembered(self, start: int) -> Iterator[dict[str, Any]]:
-        """One fixed part of each clip, computed before the first step; broken clips are left out."""
-        assert self.cache is not None
-        numbers, entries = self._compute_features(self.cache)
+    def _kept(self, start: int, numbers: list[int], entries: list[Features]) -> Iterator[dict[str, Any]]:
         order = iter(ShuffledSampler(len(entries), self.recipe.seed, start))
         while True:
             indices = [next(order) for _ in range(self.recipe.training.batch_size)]
             clips = [self.dataset.clips[numbers[i % len(entries)]] for i in indices]
-            captions = [
-                clip.captions[i // len(entries) % len(clip.captions)] for i, clip in zip(indices, clips, strict=True)
-            ]
+            epochs = [i // len(entries) for i in indices]
+            captions = [clip.captions[epoch % len(clip.captions)] for clip, epoch in zip(clips, epochs, strict=True)]
             features = stack([entries[i % len(entries)] for i in indices])
             yield {**features, "caption": captions, "path": [str(clip.path) for clip in clips]}
 
     def _compute_features(self, cache: FeatureCache) -> tuple[list[int], list[Features]]:
+        """Of one fixed part of each clip; broken clips are left out. The clips' numbers and their features."""
         dataset, numbers, entries = self.dataset, [], []
         kind = {**self.feature_kind(), "seed": dataset.seed}
         kind |= {name: getattr(dataset, name) for name in ("num_frames", "height", "width", "fps")}
@@ -180,7 +182,7 @@ class VAETask(Task):
     @torch.no_grad()
     def finish(self) -> None:
         """Measure the latents: per channel ``shift`` is their mean, ``scale`` one over their standard deviation."""
-        samples: Any = self._remembered(0) if self.cache is not None else self._decoded(0)
+        samples = self.samples(0)
         sums = squares = count = torch.zeros((), dtype=torch.float64)
         numbers = range(min(len(self.dataset), NUM_STATISTICS_CLIPS))
         batches = -(-len(numbers) // self.recipe.training.batch_size)

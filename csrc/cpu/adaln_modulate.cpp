@@ -3,10 +3,12 @@
 
 #include <torch/library.h>
 
-#include "common/host.h"
+#include "common/checks.h"
 
 namespace vidgen {
 namespace {
+
+constexpr const char* kOp = "adaln_modulate";
 
 at::Tensor adaln_modulate_cpu(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& scale,
                               const OptionalTensor& weight, const OptionalTensor& bias, double eps);
@@ -14,20 +16,15 @@ at::Tensor adaln_modulate_cpu(const at::Tensor& x, const at::Tensor& shift, cons
 void adaln_modulate_out(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& scale,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, at::Tensor out) {
   if (!native_dtype(x)) {
-    out.copy_(call_reference(&adaln_modulate_cpu, "adaln_modulate", x, shift, scale, weight, bias, eps));
+    out.copy_(call_reference(&adaln_modulate_cpu, kOp, x, shift, scale, weight, bias, eps));
     return;
   }
-  TORCH_CHECK(out.is_contiguous() && out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type(),
-              "adaln_modulate: out must be contiguous and like x");
-  for (const auto& t : {shift, scale}) {
-    TORCH_CHECK(t.scalar_type() == x.scalar_type() && (t.dim() == 2 || t.dim() == 3) && t.size(0) == x.size(0) &&
-                    t.size(-1) == x.size(-1) && (t.dim() == 2 || t.size(1) == x.size(1)),
-                "adaln_modulate: shift and scale must match x ", x.sizes(), ", got ", t.sizes());
-  }
-  for (const auto& t : {weight, bias}) {
-    TORCH_CHECK(!t || (t->scalar_type() == x.scalar_type() && t->dim() == 1 && t->size(0) == x.size(-1)),
-                "adaln_modulate: weight and bias must be (channels) of x's dtype");
-  }
+  TORCH_CHECK(x.dim() == 3, kOp, ": x must be (batch, sequence, channels)");
+  check_out(kOp, out, x);
+  check_modulation(kOp, "shift", shift, x);
+  check_modulation(kOp, "scale", scale, x);
+  check_parameter(kOp, "weight", weight, x, x.size(2));
+  check_parameter(kOp, "bias", bias, x, x.size(2));
   if (out.numel() == 0) return;
   adaln_modulate_stub()(out, unit_rows(x), unit_rows(shift), unit_rows(scale), dense(weight), dense(bias), eps);
 }

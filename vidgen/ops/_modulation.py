@@ -74,10 +74,16 @@ def chunks(batch: int, channels: int, device: torch.device, dtype: torch.dtype) 
 
 
 def random_rows(
-    choose: Choose, device: torch.device, dtype: torch.dtype, rows: int, modulations: int, parameters: int = 0
+    choose: Choose,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    modulations: int,
+    parameters: int = 0,
+    sizes: tuple[int, ...] = SIZES,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Activations, modulations in either form, and parameters that may be None; all of one random size."""
-    batch, sequence, channels = choose(SMALL_SIZES), choose(SMALL_SIZES), choose(SIZES)
+    """Activations, modulations in either form, and parameters that may be None; channels from ``sizes``."""
+    batch, sequence, channels = choose(SMALL_SIZES), choose(SMALL_SIZES), choose(sizes)
     forms = ((batch, channels), (batch, sequence, channels))
     return (
         [strided(choose, (batch, sequence, channels), device, dtype) for _ in range(rows)],

@@ -5,10 +5,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
 #include <optional>
 
-#include "common/pack.h"
+#include "common/moments.h"
 
 namespace vidgen {
 namespace CPU_CAPABILITY {
@@ -33,12 +32,6 @@ Tokens<T> write_tokens(const at::Tensor& t) {
   return {t.mutable_data_ptr<T>(), t.stride(0), t.dim() == 3 ? t.stride(1) : 0};
 }
 
-// A parameter of the norm, or null.
-template <typename T>
-const T* read_parameter(const std::optional<at::Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
-}
-
 // Calls f(sample, token) for every token of x.
 template <typename F>
 void each_token(const at::Tensor& x, F f) {
@@ -46,23 +39,6 @@ void each_token(const at::Tensor& x, F f) {
   at::parallel_for(0, x.size(0) * sequence, std::max<int64_t>(1, 32768 / row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) f(row / sequence, row % sequence);
   });
-}
-
-struct Moments {
-  float mean, rstd;
-};
-
-template <typename T>
-C10_ALWAYS_INLINE Moments row_moments(const T* x, int64_t channels, float eps) {
-  const auto add = [](Pack& total, const Pack& v) VIDGEN_INLINE { total = total + v; };
-  const float mean = sum_packs(x, channels, add) / channels;
-  const Vec m(mean);
-  const auto add_square = [&](Pack& total, const Pack& v) VIDGEN_INLINE {
-    const Pack centred = v - m;
-    total = fmadd(centred, centred, total);
-  };
-  const float squares = sum_packs(x, channels, add_square);
-  return {mean, 1.0f / std::sqrt(squares / channels + eps)};
 }
 
 // out = normalise(x) * (1 + scale) + shift; weight and bias are null where the norm has none. out may be x.

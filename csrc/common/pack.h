@@ -124,6 +124,19 @@ C10_ALWAYS_INLINE void store_ordered(float* to, const Pack& x) {
   }
 }
 
+// The inverse.
+template <typename T>
+C10_ALWAYS_INLINE Pack load_ordered(const float* from) {
+  const Pack x = load_pack(from);
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto [a, b] = at::vec::deinterleave2(x.a, x.b);
+    const auto [c, d] = at::vec::deinterleave2(x.c, x.d);
+    return {a, b, c, d};
+  } else {
+    return x;
+  }
+}
+
 // x with the lanes of all but the first `count` elements set to zero, or of all but the last.
 template <typename T>
 Pack keep(const Pack& x, const T* marks) {
@@ -160,6 +173,20 @@ C10_ALWAYS_INLINE void each_pack(int64_t channels, F f) {
   if (c < channels) f(c, channels - c);
 }
 
+// The same, but where a row is long enough its last pack is whole and overlaps the one before: for results that may be
+// computed twice, from input that is not the output.
+template <typename F>
+C10_ALWAYS_INLINE void cover_packs(int64_t channels, F f) {
+  int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth) f(c, Whole{});
+  if (c == channels) return;
+  if (channels > kWidth) {
+    f(channels - kWidth, Whole{});
+  } else {
+    f(c, channels - c);
+  }
+}
+
 // Sum over a row of what add(total, pack) adds. add must be marked VIDGEN_INLINE.
 template <typename T, typename F>
 C10_ALWAYS_INLINE float sum_packs(const T* row, int64_t channels, F add) {
@@ -168,8 +195,14 @@ C10_ALWAYS_INLINE float sum_packs(const T* row, int64_t channels, F add) {
   for (; c + kWidth <= channels; c += kWidth) add(total, load_pack(row + c));
   if (c < channels) {
     Pack end = splat(0);
-    add(end, load_pack(row + c, channels - c));
-    total = total + keep_first<T>(end, channels - c);
+    if (channels > kWidth) {
+      add(end, load_pack(row + channels - kWidth));
+      end = keep_last<T>(end, channels - c);
+    } else {
+      add(end, load_pack(row + c, channels - c));
+      end = keep_first<T>(end, channels - c);
+    }
+    total = total + end;
   }
   return sum(total);
 }

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// silu(layer_norm over the channels of each position), float32 inside. Compiled once per instruction set.
+#include "cpu/kernels/layer_norm_silu.h"
+
+#include <ATen/Parallel.h>
+
+#include "common/moments.h"
+#include "common/silu.h"
+
+namespace vidgen {
+namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+void channels_last_row(T* out, const T* x, const T* weight, const T* bias, int64_t channels, float eps) {
+  const Moments moments = row_moments(x, channels, eps);
+  const Vec mean(moments.mean), rstd(moments.rstd);
+  cover_packs(channels, [&](int64_t c, auto count) VIDGEN_INLINE {
+    const Pack normalised = (load_pack(x + c, count) - mean) * rstd;
+    store_pack(out + c, silu(fmadd(normalised, load_pack(weight + c, count), load_pack(bias + c, count))), count);
+  });
+}
+
+// One pack of positions, side by side; the next channel of each is `positions` further on.
+template <typename T, typename Count>
+C10_ALWAYS_INLINE void channels_first_tile(T* out, const T* x, const T* weight, const T* bias, int64_t channels,
+                                           int64_t positions, float eps, Count count) {
+  const Vec share(1.0f / channels), one(1.0f);
+  Pack total = splat(0);
+  for (int64_t c = 0; c < channels; ++c) total = total + load_pack(x + c * positions, count);
+  const Pack mean = total * share;
+  Pack squares = splat(0);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Pack centred = load_pack(x + c * positions, count) - mean;
+    squares = fmadd(centred, centred, squares);
+  }
+  const Pack rstd = map(squares * share + Vec(eps), [&](const Vec& v) VIDGEN_INLINE { return one / v.sqrt(); });
+  for (int64_t c = 0; c < channels; ++c) {
+    const Pack normalised = (load_pack(x + c * positions, count) - mean) * rstd;
+    const Vec gain(static_cast<float>(weight[c])), offset(static_cast<float>(bias[c]));
+    store_pack(out + c * positions, silu(normalised * gain + offset), count);
+  }
+}
+
+template <typename T>
+void channels_first(const at::Tensor& out, const at::Tensor& x, const T* weight, const T* bias, float eps) {
+  const int64_t channels = x.size(1), positions = x.size(2), tiles = (positions + kWidth - 1) / kWidth;
+  at::parallel_for(0, x.size(0) * tiles, std::max<int64_t>(1, 256 / channels), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t p = tile % tiles * kWidth, first = tile / tiles * channels * positions + p;
+      const T* from = x.const_data_ptr<T>() + first;
+      T* to = out.mutable_data_ptr<T>() + first;
+      if (p + kWidth <= positions) {
+        channels_first_tile(to, from, weight, bias, channels, positions, eps, Whole{});
+      } else {
+        channels_first_tile(to, from, weight, bias, channels, positions, eps, positions - p);
+      }
+    }
+  });
+}
+
+template <typename T>
+void channels_last(const at::Tensor& out, const at::Tensor& x, const T* weight, const T* bias, float eps) {
+  const int64_t channels = x.size(2);
+  at::parallel_for(0, x.size(0) * x.size(1), std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      channels_last_row(out.mutable_data_ptr<T>() + row * channels, x.const_data_ptr<T>() + row * channels, weight,
+                        bias, channels, eps);
+    }
+  });
+}
+
+}  // namespace
+
+void layer_norm_silu(const at::Tensor& out, const at::Tensor& x, bool last, const at::Tensor& weight,
+                     const at::Tensor& bias, double eps) {
+  VIDGEN_DISPATCH_FLOATS(x.scalar_type(), "layer_norm_silu", [&] {
+    const auto *w = weight.const_data_ptr<scalar_t>(), *b = bias.const_data_ptr<scalar_t>();
+    (last ? channels_last<scalar_t> : channels_first<scalar_t>)(out, x, w, b, static_cast<float>(eps));
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace vidgen

@@ -42,14 +42,14 @@ void channels_first(const at::Tensor& out, const at::Tensor& x, int64_t num_grou
         const Vec mean(moments.mean), gain(weight ? moments.rstd * static_cast<float>(weight[c]) : moments.rstd);
         const Vec offset(bias ? static_cast<float>(bias[c]) : 0.0f);
         each_pack(positions, [&](int64_t p, auto count) VIDGEN_INLINE {
-          store_pack(to + p, silu((load_pack(from + p, count) - mean) * gain + offset), count);
+          store_pack(to + p, silu<T>((load_pack(from + p, count) - mean) * gain + offset), count);
         });
       }
     }
   });
 }
 
-// Positions are rows of channels here: sums run down the columns, in the lanes of T's packs.
+// Positions are rows of channels here, and sums run down the columns.
 template <typename T>
 class ChannelsLast {
  public:
@@ -84,19 +84,25 @@ class ChannelsLast {
     at::parallel_for(0, x_.size(0) * blocks_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block % blocks_ * rows_;
-        f(block, block / blocks_ * positions_ + row, std::min(rows_, positions_ - row));
+        f(block, block / blocks_ * positions_ + row, rows_of(block % blocks_));
       }
     });
   }
 
-  // Sum down each column of term(pack, offset), in the order of channels.
+  // Sums down the columns of what add(total, pack, offset) adds, in the order of channels. A few rows at a time, all
+  // their columns: memory is then read nearly in order.
   template <typename F>
   void sum_columns(float* sums, const T* x, int64_t rows, F add) const {
-    each_pack(channels_, [&](int64_t c, auto count) VIDGEN_INLINE {
-      Pack total = splat(0);
-      for (int64_t r = 0; r < rows; ++r) add(total, load_pack(x + r * channels_ + c, count), c);
-      store_ordered<T>(sums + c, total);
-    });
+    std::fill_n(sums, padded_, 0.0f);
+    for (int64_t first = 0; first < rows; first += 4) {
+      const int64_t end = std::min(first + 4, rows);
+      each_pack(channels_, [&](int64_t c, auto count) VIDGEN_INLINE {
+        Pack total = load_pack(sums + c);
+        for (int64_t r = first; r < end; ++r) add(total, load_pack(x + r * channels_ + c, count), c);
+        store_pack(sums + c, total);
+      });
+    }
+    for (int64_t c = 0; c < channels_; c += kWidth) store_ordered<T>(sums + c, load_pack(sums + c));
   }
 
   // Mean and sum of squared distances from it of each group.
@@ -112,42 +118,53 @@ class ChannelsLast {
     };
     sum_columns(sums.data(), x, rows, [](Pack& total, const Pack& v, int64_t) VIDGEN_INLINE { total = total + v; });
     gather(part, rows * per_group);
-    for (int64_t c = 0; c < channels_; ++c) means[c] = part[c / per_group];
+    for (int64_t g = 0; g < groups_; ++g) std::fill_n(means.data() + g * per_group, per_group, part[g]);
+    for (int64_t c = 0; c < channels_; c += kWidth) store_pack(&means[c], load_ordered<T>(&means[c]));
     sum_columns(sums.data(), x, rows, [&](Pack& total, const Pack& v, int64_t c) VIDGEN_INLINE {
-      const Pack centred = v - load_ordered<T>(means.data() + c);
+      const Pack centred = v - load_pack(&means[c]);
       total = fmadd(centred, centred, total);
     });
     gather(part + groups_, 1);
   }
 
-  // Mean, gain and offset of each channel of one sample.
+  // Mean, gain and offset of each channel of one sample, in the lanes of T's packs.
   void merge(float* affine, const float* parts, const T* weight, const T* bias, double eps) const {
     const int64_t per_group = channels_ / groups_;
-    for (int64_t g = 0; g < groups_; ++g) {
-      Spread spread;
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const float* part = parts + block * 2 * groups_;
-        const int64_t rows = std::min(rows_, positions_ - block * rows_);
-        spread.add(part[g], part[groups_ + g], rows * per_group);
-      }
-      const Moments moments = spread.moments(eps);
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-        affine[c] = moments.mean;
-        affine[padded_ + c] = weight ? moments.rstd * static_cast<float>(weight[c]) : moments.rstd;
-        affine[2 * padded_ + c] = bias ? static_cast<float>(bias[c]) : 0.0f;
+    std::vector<double> mean(groups_), squares(groups_);
+    const double total = static_cast<double>(positions_) * per_group;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const double share = rows_of(block) * per_group / total;
+      for (int64_t g = 0; g < groups_; ++g) mean[g] += share * parts[block * 2 * groups_ + g];
+    }
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const float *means = parts + block * 2 * groups_, *within = means + groups_;
+      const double count = rows_of(block) * per_group;
+      for (int64_t g = 0; g < groups_; ++g) {
+        const double distance = means[g] - mean[g];
+        squares[g] += within[g] + count * distance * distance;
       }
     }
+    for (int64_t c = 0; c < channels_; ++c) {
+      const int64_t g = c / per_group;
+      const float rstd = 1 / std::sqrt(squares[g] / total + eps);
+      affine[c] = mean[g];
+      affine[padded_ + c] = weight ? rstd * static_cast<float>(weight[c]) : rstd;
+      affine[2 * padded_ + c] = bias ? static_cast<float>(bias[c]) : 0.0f;
+    }
+    for (int64_t i = 0; i < 3 * padded_; i += kWidth) store_pack(affine + i, load_ordered<T>(affine + i));
   }
 
   void apply(T* out, const T* x, int64_t rows, const float* affine) const {
-    each_pack(channels_, [&](int64_t c, auto count) VIDGEN_INLINE {
-      const Pack mean = load_ordered<T>(affine + c), gain = load_ordered<T>(affine + padded_ + c);
-      const Pack offset = load_ordered<T>(affine + 2 * padded_ + c);
-      for (int64_t i = c; i < rows * channels_; i += channels_) {
-        store_pack(out + i, silu(fmadd(load_pack(x + i, count) - mean, gain, offset)), count);
-      }
-    });
+    const float *mean = affine, *gain = affine + padded_, *offset = affine + 2 * padded_;
+    for (int64_t r = 0; r < rows; ++r, out += channels_, x += channels_) {
+      each_pack(channels_, [&](int64_t c, auto count) VIDGEN_INLINE {
+        const Pack centred = load_pack(x + c, count) - load_pack(mean + c);
+        store_pack(out + c, silu<T>(fmadd(centred, load_pack(gain + c), load_pack(offset + c))), count);
+      });
+    }
   }
+
+  int64_t rows_of(int64_t block) const { return std::min(rows_, positions_ - block * rows_); }
 
   const at::Tensor& x_;
   const int64_t positions_, channels_, padded_, groups_, rows_, blocks_;

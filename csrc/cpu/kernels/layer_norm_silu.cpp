@@ -11,13 +11,21 @@ namespace vidgen {
 namespace CPU_CAPABILITY {
 namespace {
 
+// Rows are normalised this many together: their horizontal sums do not wait for each other.
+constexpr int64_t kRows = 16;
+
 template <typename T>
-void channels_last_row(T* out, const T* x, const T* weight, const T* bias, int64_t channels, float eps) {
-  const Moments moments = row_moments(x, channels, eps);
-  const Vec mean(moments.mean), rstd(moments.rstd);
+void channels_last_rows(T* out, const T* x, const T* weight, const T* bias, int64_t rows, int64_t channels, float eps) {
+  float mean[kRows], rstd[kRows];
+  for (int64_t r = 0; r < rows; ++r) mean[r] = row_sum(x + r * channels, channels) / channels;
+  for (int64_t r = 0; r < rows; ++r) rstd[r] = row_squares(x + r * channels, channels, mean[r]);
+  for (int64_t r = 0; r < rows; ++r) rstd[r] = 1 / std::sqrt(rstd[r] / channels + eps);
   cover_packs(channels, [&](int64_t c, auto count) VIDGEN_INLINE {
-    const Pack normalised = (load_pack(x + c, count) - mean) * rstd;
-    store_pack(out + c, silu(fmadd(normalised, load_pack(weight + c, count), load_pack(bias + c, count))), count);
+    const Pack gain = load_pack(weight + c, count), offset = load_pack(bias + c, count);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Pack normalised = (load_pack(x + r * channels + c, count) - Vec(mean[r])) * Vec(rstd[r]);
+      store_pack(out + r * channels + c, silu<T>(fmadd(normalised, gain, offset)), count);
+    }
   });
 }
 
@@ -26,9 +34,11 @@ template <typename T, typename Count>
 C10_ALWAYS_INLINE void channels_first_tile(T* out, const T* x, const T* weight, const T* bias, int64_t channels,
                                            int64_t positions, float eps, Count count) {
   const Vec share(1.0f / channels), one(1.0f);
+  // Distances from the first channel, so that a large mean costs no digits.
+  const Pack origin = load_pack(x, count);
   Pack total = splat(0);
-  for (int64_t c = 0; c < channels; ++c) total = total + load_pack(x + c * positions, count);
-  const Pack mean = total * share;
+  for (int64_t c = 1; c < channels; ++c) total = total + (load_pack(x + c * positions, count) - origin);
+  const Pack mean = origin + total * share;
   Pack squares = splat(0);
   for (int64_t c = 0; c < channels; ++c) {
     const Pack centred = load_pack(x + c * positions, count) - mean;
@@ -38,7 +48,7 @@ C10_ALWAYS_INLINE void channels_first_tile(T* out, const T* x, const T* weight, 
   for (int64_t c = 0; c < channels; ++c) {
     const Pack normalised = (load_pack(x + c * positions, count) - mean) * rstd;
     const Vec gain(static_cast<float>(weight[c])), offset(static_cast<float>(bias[c]));
-    store_pack(out + c * positions, silu(normalised * gain + offset), count);
+    store_pack(out + c * positions, silu<T>(normalised * gain + offset), count);
   }
 }
 
@@ -61,11 +71,11 @@ void channels_first(const at::Tensor& out, const at::Tensor& x, const T* weight,
 
 template <typename T>
 void channels_last(const at::Tensor& out, const at::Tensor& x, const T* weight, const T* bias, float eps) {
-  const int64_t channels = x.size(2);
-  at::parallel_for(0, x.size(0) * x.size(1), std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      channels_last_row(out.mutable_data_ptr<T>() + row * channels, x.const_data_ptr<T>() + row * channels, weight,
-                        bias, channels, eps);
+  const int64_t rows = x.size(0) * x.size(1), channels = x.size(2);
+  at::parallel_for(0, rows, std::max(kRows, 16384 / channels), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) {
+      channels_last_rows(out.mutable_data_ptr<T>() + row * channels, x.const_data_ptr<T>() + row * channels, weight,
+                         bias, std::min(kRows, end - row), channels, eps);
     }
   });
 }

@@ -10,8 +10,8 @@ VOLUME = (2, 70, 3, 17, 33)  # several blocks of kernels, and the end of one
 
 
 def close(y, truth, x):
-    """Within two roundings to x's dtype of the largest value."""
-    assert (y.double() - truth).abs().max() <= 2 * torch.finfo(x.dtype).eps * truth.abs().max().clamp(min=1)
+    """Within a few roundings to x's dtype of the largest value."""
+    assert (y.double() - truth).abs().max() <= 4 * torch.finfo(x.dtype).eps * truth.abs().max().clamp(min=1)
 
 
 def as_format(x, channels_last):

@@ -44,7 +44,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(parts: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """``make_recipe("dit", training={...})``: a tiny recipe, sections changed, model replaced; output is tmp_path/run."""
+    """``make_recipe("dit", training={...})``: a tiny recipe with sections changed and model replaced."""
 
     def make(task: str = "vae", **changes: Any) -> Recipe:
         values: dict[str, Any] = {

@@ -4,16 +4,33 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <vector>
 
 namespace vidgen {
 
-struct Pairs {
-  bool interleaved = false;     // channels 2j and 2j+1
-  std::vector<int64_t> halves;  // otherwise: sections of 2h channels in which j and j+h are a pair, h each
+// Pairs (a+i, b+i), i < count, whose angles begin at `pair` of the table.
+struct Run {
+  int64_t a, b, pair, count;
 };
+
+// Runs are cut to eight: halves of sections are short (8, 12, 16, 24 pairs) and start anywhere, so that full vectors
+// would be half empty and cross cache lines. The last eight of a half overlap those before.
+constexpr int64_t kEight = 8;
+
+struct Pairs {
+  bool interleaved = false;  // channels 2j and 2j+1
+  std::vector<Run> runs;     // otherwise
+};
+
+inline void add_section(Pairs& pairs, int64_t begin, int64_t half) {
+  for (int64_t j = 0; j < half; j += kEight) {
+    const int64_t at = half < kEight ? 0 : std::min(j, half - kEight);
+    pairs.runs.push_back({begin + at, begin + half + at, begin / 2 + at, std::min(half, kEight)});
+  }
+}
 
 // Refuses what would read or write outside of a head of `dim` channels.
 inline Pairs make_pairs(std::string_view style, at::OptionalIntArrayRef sections, int64_t dim) {
@@ -22,13 +39,13 @@ inline Pairs make_pairs(std::string_view style, at::OptionalIntArrayRef sections
   if (style == "interleaved") {
     pairs.interleaved = true;
   } else if (style == "half") {
-    pairs.halves = {dim / 2};
+    add_section(pairs, 0, dim / 2);
   } else {
     TORCH_CHECK(style == "half_per_axis" && sections, "rope: style must be known, and sections given per axis");
     int64_t total = 0;
     for (const auto d : *sections) {
       TORCH_CHECK(d >= 0 && d % 2 == 0, "rope: sections must be even, got ", *sections);
-      pairs.halves.push_back(d / 2);
+      add_section(pairs, total, d / 2);
       total += d;
     }
     TORCH_CHECK(total == dim, "rope: sections must add up to head_dim ", dim, ", got ", *sections);

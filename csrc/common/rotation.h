@@ -51,10 +51,10 @@ void widen_heads(float* to, const T* from, int64_t heads, int64_t dim, int64_t h
   }
 }
 
-// Asks for one head's memory ahead of its use.
+// Asks for one head's memory ahead of its use, into the second cache: the first is full of scratch.
 template <typename T>
 void prefetch_head(const T* head, int64_t dim) {
-  for (int64_t c = 0; c < dim; c += 64 / sizeof(T)) __builtin_prefetch(head + c);
+  for (int64_t c = 0; c < dim; c += 64 / sizeof(T)) __builtin_prefetch(head + c, 0, 2);
 }
 
 template <typename T>
@@ -88,44 +88,86 @@ struct Angles {
   }
 };
 
-inline void rotate_interleaved(float* y, const float* x, const Turn& turn, int64_t dim, const Vec& gain) {
-  for (int64_t j = 0; j < dim; j += 2 * Vec::size()) {
-    const auto [a, b] = at::vec::deinterleave2(Vec::loadu(x + j), Vec::loadu(x + j + Vec::size()));
-    const Vec first = a * Vec::loadu(turn.cos_a + j / 2) - b * Vec::loadu(turn.sin_b + j / 2);
-    const Vec second = b * Vec::loadu(turn.cos_b + j / 2) + a * Vec::loadu(turn.sin_a + j / 2);
-    const auto [low, high] = at::vec::interleave2(first * gain, second * gain);
-    low.store(y + j);
-    high.store(y + j + Vec::size());
+// All heads of one token, from one scratch row to another.
+struct Heads {
+  float* to;
+  const float* from;
+  int64_t count, dim;
+  const float* gains;  // of each head, or null
+
+  float gain(int64_t head) const { return gains ? gains[head] : 1.0f; }
+};
+
+// Eight floats: what at::vec has no type for where vectors are wider.
+struct Eight {
+  float lanes[kEight];
+
+  explicit Eight(const float* from) { std::copy_n(from, kEight, lanes); }
+  void store(float* to) const { std::copy_n(lanes, kEight, to); }
+};
+
+// gain (x c + y s). Compilers make a few vector instructions of the loop.
+inline Eight combine(const Eight& x, const Eight& c, const Eight& y, const Eight& s, float gain) {
+  Eight sum = x;
+  for (int64_t i = 0; i < kEight; ++i) sum.lanes[i] = gain * (x.lanes[i] * c.lanes[i] + y.lanes[i] * s.lanes[i]);
+  return sum;
+}
+
+// Eight pairs in every head: the angles stay in registers, and so does what is passed by value.
+inline void rotate_eight(Heads heads, const Turn& turn, const Run& run) {
+  const Eight cos_a(turn.cos_a + run.pair), cos_b(turn.cos_b + run.pair), sin_a(turn.sin_a + run.pair);
+  Eight minus_sin_b(turn.sin_b + run.pair);
+  for (auto& lane : minus_sin_b.lanes) lane = -lane;
+  const float *from_a = heads.from + run.a, *from_b = heads.from + run.b;
+  float *to_a = heads.to + run.a, *to_b = heads.to + run.b;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const Eight a(from_a + h * heads.dim), b(from_b + h * heads.dim);
+    const float gain = heads.gain(h);
+    combine(a, cos_a, b, minus_sin_b, gain).store(to_a + h * heads.dim);
+    combine(b, cos_b, a, sin_a, gain).store(to_b + h * heads.dim);
   }
 }
 
-// Chunks of a half go from back to front: what the last one writes past the half, the first one writes over.
-inline void rotate_halves(float* y, const float* x, Turn turn, const std::vector<int64_t>& halves, const Vec& gain) {
-  for (const int64_t h : halves) {
-    for (int64_t j = (h - 1) / Vec::size() * Vec::size(); j >= 0; j -= Vec::size()) {
-      const Vec a = Vec::loadu(x + j), b = Vec::loadu(x + h + j);
-      const Vec first = a * Vec::loadu(turn.cos_a + j) - b * Vec::loadu(turn.sin_b + j);
-      const Vec second = b * Vec::loadu(turn.cos_b + j) + a * Vec::loadu(turn.sin_a + j);
-      (first * gain).store(y + j);
-      (second * gain).store(y + h + j);
+// Fewer than eight.
+inline void rotate_few(const Heads& heads, const Turn& turn, const Run& run) {
+  for (int64_t h = 0; h < heads.count; ++h) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      const float a = heads.from[h * heads.dim + run.a + i], b = heads.from[h * heads.dim + run.b + i];
+      const int64_t j = run.pair + i;
+      heads.to[h * heads.dim + run.a + i] = heads.gain(h) * (a * turn.cos_a[j] - b * turn.sin_b[j]);
+      heads.to[h * heads.dim + run.b + i] = heads.gain(h) * (b * turn.cos_b[j] + a * turn.sin_a[j]);
     }
-    x += 2 * h, y += 2 * h;
-    turn = {turn.cos_a + h, turn.sin_b + h, turn.cos_b + h, turn.sin_a + h};
   }
 }
 
-// All heads of one token, from one scratch row to another; each head times its gain, where there are gains.
-// `beside(head)` is called along the way: to fetch what comes next while there is work to do.
+// Channels `at` to at + two vectors in every head; where a head is shorter, one head at a time from front to back.
+inline void rotate_interleaved(Heads heads, const Turn& turn, int64_t at) {
+  const Vec cos_a = Vec::loadu(turn.cos_a + at / 2), sin_b = Vec::loadu(turn.sin_b + at / 2);
+  const Vec cos_b = Vec::loadu(turn.cos_b + at / 2), sin_a = Vec::loadu(turn.sin_a + at / 2);
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const float* x = heads.from + h * heads.dim + at;
+    float* y = heads.to + h * heads.dim + at;
+    const auto [a, b] = at::vec::deinterleave2(Vec::loadu(x), Vec::loadu(x + Vec::size()));
+    const Vec gain(heads.gain(h));
+    const auto [low, high] = at::vec::interleave2((a * cos_a - b * sin_b) * gain, (b * cos_b + a * sin_a) * gain);
+    low.store(y);
+    high.store(y + Vec::size());
+  }
+}
+
+// `beside(head)` is called once per head along the way: to fetch what comes next while there is work to do.
 template <typename F>
-void rotate_heads(float* y, const float* x, const Turn& turn, const Pairs& pairs, int64_t heads, int64_t dim,
-                  const float* gains, F beside) {
-  for (int64_t h = 0; h < heads; ++h, x += dim, y += dim) {
-    beside(h);
-    const Vec gain(gains ? gains[h] : 1.0f);
+void rotate_heads(const Heads& heads, const Turn& turn, const Pairs& pairs, F beside) {
+  constexpr int64_t kStep = 2 * Vec::size();
+  const int64_t steps = pairs.interleaved ? (heads.dim + kStep - 1) / kStep : pairs.runs.size();
+  for (int64_t i = 0; i < steps; ++i) {
+    for (int64_t h = heads.count * i / steps; h < heads.count * (i + 1) / steps; ++h) beside(h);
     if (pairs.interleaved) {
-      rotate_interleaved(y, x, turn, dim, gain);
+      rotate_interleaved(heads, turn, std::max<int64_t>(0, std::min(i * kStep, heads.dim - kStep)));
+    } else if (const Run& run = pairs.runs[i]; run.count == kEight) {
+      rotate_eight(heads, turn, run);
     } else {
-      rotate_halves(y, x, turn, pairs.halves, gain);
+      rotate_few(heads, turn, run);
     }
   }
 }

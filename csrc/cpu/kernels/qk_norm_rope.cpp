@@ -6,6 +6,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <array>
+
 #include "common/rotation.h"
 
 namespace vidgen {
@@ -19,20 +21,40 @@ int64_t grouped_row(int64_t token, int64_t padded, int64_t k) {
 
 int64_t tokens_per_task(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
 
-// Sum over one head in scratch of term(vector), which gets offsets too.
+// term(j) + term(j + one vector) + ... over a head, lane by lane.
 template <typename F>
-float sum_head(int64_t dim, F term) {
+Vec add_up(int64_t dim, F term) {
   Vec total(0);
   int64_t j = 0;
   for (; j + Vec::size() <= dim; j += Vec::size()) total = total + term(j);
-  if (j < dim) total = total + Vec::set(Vec(0), term(j), dim - j);
-  return at::vec::vec_reduce_all<float>([](auto a, auto b) { return a + b; }, total);
+  return j < dim ? total + Vec::set(Vec(0), term(j), dim - j) : total;
+}
+
+// Sums over all heads of term(head, j), as many heads at once as a vector has lanes: each step adds even and odd lanes
+// of two vectors into one, so that after the last one lane i is the sum of vector i.
+template <typename F>
+void sum_heads(float* sums, int64_t heads, int64_t dim, F term) {
+  constexpr int kLanes = Vec::size();
+  for (int64_t first = 0; first < heads; first += kLanes) {
+    std::array<Vec, kLanes> totals;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t head = first + i;
+      totals[i] = head < heads ? add_up(dim, [&](int64_t j) { return term(head, j); }) : Vec(0);
+    }
+    for (int left = kLanes; left > 1; left /= 2) {
+      for (int i = 0; i < left / 2; ++i) {
+        const auto [even, odd] = at::vec::deinterleave2(totals[2 * i], totals[2 * i + 1]);
+        totals[i] = even + odd;
+      }
+    }
+    totals[0].store(sums + first);
+  }
 }
 
 // Subtracts the mean of each head where the norm is a LayerNorm; rstd of each head.
 void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float eps) {
   if (layer) {
-    for (int64_t h = 0; h < heads; ++h) rstd[h] = sum_head(dim, [&](int64_t j) { return Vec::loadu(x + h * dim + j); });
+    sum_heads(rstd, heads, dim, [&](int64_t h, int64_t j) { return Vec::loadu(x + h * dim + j); });
     for (int64_t h = 0; h < heads; ++h) {
       const float mean = rstd[h] / dim;
       float* head = x + h * dim;
@@ -41,10 +63,10 @@ void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float
       for (; j < dim; ++j) head[j] -= mean;
     }
   }
-  for (int64_t h = 0; h < heads; ++h) {
-    const float* head = x + h * dim;
-    rstd[h] = sum_head(dim, [&](int64_t j) { return Vec::loadu(head + j) * Vec::loadu(head + j); });
-  }
+  sum_heads(rstd, heads, dim, [&](int64_t h, int64_t j) {
+    const Vec v = Vec::loadu(x + h * dim + j);
+    return v * v;
+  });
   for (int64_t h = 0; h < heads; h += Vec::size()) {
     (Vec(1) / (Vec::loadu(rstd + h) / Vec(dim) + Vec(eps)).sqrt()).store(rstd + h);
   }
@@ -65,10 +87,9 @@ void split_pairs(float* a, float* b, const float* x, const Pairs& pairs, int64_t
   if (pairs.interleaved) {
     for (int64_t j = 0; j < dim / 2; ++j) a[j] = x[2 * j], b[j] = x[2 * j + 1];
   }
-  for (const int64_t h : pairs.halves) {
-    a = std::copy_n(x, h, a);
-    b = std::copy_n(x + h, h, b);
-    x += 2 * h;
+  for (const Run& run : pairs.runs) {
+    std::copy_n(x + run.a, run.count, a + run.pair);
+    std::copy_n(x + run.b, run.count, b + run.pair);
   }
 }
 
@@ -83,7 +104,7 @@ class Forward {
     const int64_t tokens = t_.q.size(1), padded = t_.new_q.size(1);
     at::parallel_for(0, t_.q.size(0) * padded, tokens_per_task(channels_), [&](int64_t begin, int64_t end) {
       Scratch scratch(2 * channels_ + heads_ + 11 * dim_, 21);
-      Rows rows{scratch.row(channels_), scratch.row(channels_), scratch.row(heads_)};
+      const Rows rows{scratch.row(channels_), scratch.row(channels_), scratch.row(heads_)};
       Angles angles(scratch, dim_ / 2);
       Parameters of_q(scratch, t_.q_weight, t_.q_bias, how_, dim_), of_k(scratch, t_.k_weight, t_.k_bias, how_, dim_);
       for (int64_t row = begin; row < end; ++row) {
@@ -154,11 +175,11 @@ class Forward {
       for (int64_t h = 0; h < heads_; ++h) scale(rows.plain + h * dim_, rows.rstd[h], of);
     }
     if (how_.cos) {
-      rotate_heads(rows.rotated, rows.plain, of.turn, how_.pairs, heads_, dim_, of.folded ? rows.rstd : nullptr,
-                   [&](int64_t h) {
-                     prefetch_head(from + x.stride(1) + h * x.stride(2), dim_);
-                     prefetch_head(to + h * dim_, dim_);
-                   });
+      const Heads heads{rows.rotated, rows.plain, heads_, dim_, of.folded ? rows.rstd : nullptr};
+      rotate_heads(heads, of.turn, how_.pairs, [&](int64_t h) {  // the next token, where it comes from and goes to
+        prefetch_head(from + x.stride(1) + h * x.stride(2), dim_);
+        prefetch_head(to + channels_ + h * dim_, dim_);
+      });
     }
     narrow_row(to, how_.cos ? rows.rotated : rows.plain, channels_);
   }
@@ -199,9 +220,10 @@ struct Backward {
     const int64_t rows = x.size(0) * tokens, per_part = (rows + kParts - 1) / kParts;
     std::vector<double> sums(kParts * 2 * dim);  // per part: of the weight, of the bias
     at::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(3 * channels + heads + 2 * dim, 7);
+      Scratch scratch(3 * channels + 3 * heads + 2 * dim, 9);
       float *g = scratch.row(channels), *unrotated = scratch.row(channels), *plain = scratch.row(channels);
       float *rstd = scratch.row(heads), *w = scratch.row(dim);
+      float *along = scratch.row(heads), *means = scratch.row(heads);
       Angles angles(scratch, dim / 2);
       widen_parameter<T>(w, weight, dim, 1);
       for (int64_t p = begin; p < end; ++p) {
@@ -214,13 +236,13 @@ struct Backward {
                       x.stride(2));
           if (how.cos) {
             const Turn turn = angles.read(*how.cos, *how.sin, sample, token, true);
-            rotate_heads(unrotated, g, turn, how.pairs, heads, dim, nullptr, [](int64_t) {});
+            rotate_heads({unrotated, g, heads, dim, nullptr}, turn, how.pairs, [](int64_t) {});
           } else {
             std::swap(unrotated, g);
           }
           centre(plain, rstd, heads, dim, how.layer, static_cast<float>(how.eps));
           double* sum = sums.data() + p * 2 * dim;
-          differentiate(unrotated, plain, rstd, w, sum, sum + dim);
+          differentiate(unrotated, plain, rstd, w, along, means, sum, sum + dim);
           narrow_row(grad_x.mutable_data_ptr<T>() + row * channels, plain, channels);
         }
       }
@@ -232,21 +254,28 @@ struct Backward {
     std::copy_n(sums.data() + dim, dim, grad_bias.mutable_data_ptr<T>());
   }
 
-  // g: gradient of the norm's result; x: its input, centred, replaced by its gradient.
-  void differentiate(float* g_heads, float* x_heads, const float* rstd, const float* w, double* weight_sum,
-                     double* bias_sum) const {
+  // g: gradient of the norm's result; x: its input, centred, replaced by its gradient. `along` and `means`
+  // are room for sums over heads; means are 0 where the norm is not a LayerNorm.
+  void differentiate(float* g, float* x, const float* rstd, const float* w, float* along, float* means,
+                     double* weight_sum, double* bias_sum) const {
     for (int64_t h = 0; h < heads; ++h) {
-      float *g = g_heads + h * dim, *xs = x_heads + h * dim;
-      const float r = rstd[h];
       for (int64_t j = 0; j < dim; ++j) {
-        xs[j] *= r;
-        weight_sum[j] += g[j] * xs[j];
-        bias_sum[j] += g[j];
-        g[j] *= w[j];
+        const int64_t i = h * dim + j;
+        x[i] *= rstd[h];
+        weight_sum[j] += g[i] * x[i];
+        bias_sum[j] += g[i];
+        g[i] *= w[j];
       }
-      const float along = sum_head(dim, [&](int64_t j) { return Vec::loadu(g + j) * Vec::loadu(xs + j); }) / dim;
-      const float mean = how.layer ? sum_head(dim, [&](int64_t j) { return Vec::loadu(g + j); }) / dim : 0;
-      for (int64_t j = 0; j < dim; ++j) xs[j] = r * (g[j] - mean - along * xs[j]);
+    }
+    sum_heads(along, heads, dim,
+              [&](int64_t h, int64_t j) { return Vec::loadu(g + h * dim + j) * Vec::loadu(x + h * dim + j); });
+    if (how.layer) sum_heads(means, heads, dim, [&](int64_t h, int64_t j) { return Vec::loadu(g + h * dim + j); });
+    for (int64_t h = 0; h < heads; ++h) {
+      const float mean = means[h] / dim, pull = along[h] / dim;
+      for (int64_t j = 0; j < dim; ++j) {
+        const int64_t i = h * dim + j;
+        x[i] = rstd[h] * (g[i] - mean - pull * x[i]);
+      }
     }
   }
 };

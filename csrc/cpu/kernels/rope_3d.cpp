@@ -23,7 +23,7 @@ void rope_3d(const at::Tensor& out, const at::Tensor& x, const at::Tensor& cos, 
         const Turn turn = angles.read(cos, sin, b, l, false);
         const scalar_t* from = x.const_data_ptr<scalar_t>() + b * x.stride(0) + l * x.stride(1);
         widen_heads(plain, from, heads, dim, x.stride(2));
-        rotate_heads(rotated, plain, turn, pairs, heads, dim, nullptr,
+        rotate_heads({rotated, plain, heads, dim, nullptr}, turn, pairs,
                      [&](int64_t h) { prefetch_head(from + x.stride(1) + h * x.stride(2), dim); });
         narrow_row(out.mutable_data_ptr<scalar_t>() + row * channels, rotated, channels);
       }

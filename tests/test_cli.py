@@ -109,6 +109,14 @@ def test_interrupt_ends_with_130(place):
     assert errors.splitlines()[-1] == "vidgen: interrupted"
 
 
+def test_threads_wait_without_spinning():
+    """The setting must come before torch, so importing the command line must not import torch."""
+    code = "import os, sys, vidgen.cli as c; assert 'torch' not in sys.modules; c.main(['env', '--json'])"
+    code += "; assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'"
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 # In this process: what needs no other one
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done, also where SIGTERM ended training after a checkpoint. 2: something that the user gave does not fit, in
     one line. 3: training stopped itself, the last checkpoint is intact. 130: ctrl-C.
     """
+    # Threads that wait by spinning take the cores from those that work when anything else runs beside them; read by
+    # the OpenMP library when torch, which is not imported yet, loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.verb != "train":
         parser.error(f"unknown arguments: {' '.join(rest)} (see vidgen {options.verb} --help)")
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not sys.stderr.isatty():  # transformers then leaves its progress bars out of the log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vidgen.train.errors import TrainingStopped
 
     try:

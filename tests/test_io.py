@@ -263,9 +263,9 @@ from vidgen import io
 with io.lock_directory(sys.argv[1]):
     child = os.fork()
     if child == 0:
+        print(os.getpid(), flush=True)  # said by the child: by now it has left os.fork and its hooks
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
     holder = start(program, tmp_path)

@@ -32,14 +32,21 @@ class Case:
         """Tensors below a prefix ("w/", "in/", "out/grad/"), without it."""
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
-    def tolerance(self) -> tuple[float, float]:
-        """``(atol, rtol)`` of the case; ``{"exact": true}`` is zero and zero."""
-        stated = self.meta["tolerance"]
-        if stated == {"exact": True}:
+    def tolerance(self, part: str | None = None) -> tuple[float, float]:
+        """``(atol, rtol)`` of the case, or of a part that it states one for; exact and unstated are zero and zero.
+
+        Known forms: ``{"atol": .., "rtol": ..}``, the same or ``{part: {..}}`` below ``"float32"``, ``"exact"``, null.
+        """
+        stated = self.meta.get("tolerance")
+        stated = {} if stated is None or stated == "exact" else stated
+        stated = stated.get("float32", stated)
+        stated = stated[part] if part is not None else stated
+        stated = {} if stated == "exact" else stated
+        if any(isinstance(value, dict) for value in stated.values()):  # every comparison names its part
             return 0.0, 0.0
-        if {"atol", "rtol"} <= stated.keys():
-            return float(stated["atol"]), float(stated["rtol"])
-        raise AssertionError(f"{self.system}/{self.name}: tolerance is not of a known form: {stated}")
+        if not stated.keys() <= {"atol", "rtol", "exact", "note", "dtype"}:
+            raise AssertionError(f"{self.system}/{self.name}: tolerance is not of a known form: {stated}")
+        return float(stated.get("atol", 0)), float(stated.get("rtol", 0))
 
 
 @dataclass
@@ -64,8 +71,12 @@ class Comparison:
         self.unused = set(self.expected)
         self.worst = Worst(f"{case.system}/{case.name}", str(case.meta["kind"]))
 
-    def __call__(self, name: str, ours: Any, wanted: Any = None) -> None:
-        """``abs(ours - wanted) <= atol + rtol * abs(wanted)``; ``wanted`` defaults to the stored ``out/<name>``."""
+    def __call__(self, name: str, ours: Any, wanted: Any = None, *, part: str | None = None) -> None:
+        """``abs(ours - wanted) <= atol + rtol * abs(wanted)``; ``wanted`` defaults to the stored ``out/<name>``.
+
+        ``part`` names the tolerance where the case states several.
+        """
+        atol, rtol = (self.atol, self.rtol) if part is None else self.case.tolerance(part)
         if wanted is None:
             wanted = self.expected[name]
             self.unused.discard(name)
@@ -76,13 +87,13 @@ class Comparison:
         # equal first, so that infinities and NaN in the same place count as equal
         same = (ours == wanted) | (ours.isnan() & wanted.isnan())
         error = torch.where(same, 0.0, (ours - wanted).abs().nan_to_num(nan=torch.inf))
-        allowed = self.atol + self.rtol * wanted.abs().nan_to_num()
+        allowed = atol + rtol * wanted.abs().nan_to_num()
         share = torch.where(error == 0, 0.0, error / allowed)
         largest, largest_share = (float(t.max()) if t.numel() else 0.0 for t in (error, share))
         if largest_share > 1:
             self.worst.failures.append(
                 f"{name}: {int((share > 1).sum())} of {share.numel()} values differ, largest error {largest:.3e}, "
-                f"{largest_share:.2f} times the tolerance (atol {self.atol}, rtol {self.rtol})"
+                f"{largest_share:.2f} times the tolerance (atol {atol}, rtol {rtol})"
             )
         self.worst.error = max(self.worst.error, largest)
         if self.worst.output == "-" or largest_share > self.worst.share:

@@ -415,3 +415,17 @@ def checkpoint_merge(case: Case, compare: Comparison) -> None:
     axes = {"replicated": None, "dim0": 0, "dim1": 1}
     for key, rule in case.meta["split_rule"].items():
         compare.equal(f"rule of {key}", tensor_parallel_axis(key), axes[rule])
+
+
+RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "agc": agc,
+    "checkpoint_merge": checkpoint_merge,
+    "dit_forward": dit_forward,
+    "optimizer": optimizer,
+    "rearrange_maps": rearrange_maps,
+    "sampler_trajectory": sampler_trajectory,
+    "sigmas": sigmas,
+    "train_loss_and_grads": train_loss_and_grads,
+    "wfvae_v1_5": wfvae_v1_5,
+}
+NOT_BUILT = {"batch_sampler", "collate", "data_rules"}

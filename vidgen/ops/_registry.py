@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ _library = torch.library.Library("vidgen", "DEF")
 # A plain global: torch.compile can guard on it, which it cannot on a ContextVar.
 _forced: str | None = os.environ.get("VIDGEN_BACKEND") or None
 _strict: bool = os.environ.get("VIDGEN_STRICT", "0") not in ("", "0")
+_explained: str | None = None  # name of the op whose next call only says which arguments it got
 
 Choose = Callable[[Sequence[Any]], Any]
 
@@ -119,6 +121,8 @@ class Op:
         return self.composite is not None or self.backward is not None
 
     def __call__(self, *args: Any) -> Any:
+        if _explained == self.name:
+            raise _Reached(args)
         self.check(*args)
         if _forced is not None:
             return self._named(_forced, args).run(*args)
@@ -211,11 +215,32 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def explain(name: str, *args: Any) -> str:
-    """Each implementation of op ``name`` and why these arguments do or do not get it, a line each."""
+def explain(name: str, *args: Any, **options: Any) -> str:
+    """Each implementation of op ``name`` and why these arguments do or do not get it, a line each.
+
+    The arguments are those of the public function ``vidgen.ops.<name>``, or the op's own, all in the order of its
+    schema. Nothing is computed.
+    """
+    global _explained
     if name not in OPS:
         raise ValueError(f"explain: no op {name!r}; there are {sorted(OPS)}")
-    return OPS[name].explain(*args)
+    op = OPS[name]
+    if options or len(args) != len(op.overload._schema.arguments):
+        before, _explained = _explained, name
+        try:
+            getattr(sys.modules["vidgen.ops"], name)(*args, **options)
+        except _Reached as reached:
+            args = reached.arguments
+        finally:
+            _explained = before
+    return op.explain(*args)
+
+
+class _Reached(Exception):
+    """The op that is being explained was called; with its arguments in the order of its schema."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
 
 
 def table(device: str = "cpu") -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_dit_block():
-    out = run("dit_block", "--steps", "12")
+    out = run("dit_block", "--steps", "20")
     first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", out).groups())
     assert last < 0.8 * first
     assert float(re.search(r"largest difference (\S+)", out).group(1)) < 1e-4

@@ -4,7 +4,9 @@
 from .embeddings import EmbeddingMLP, FramePatchEmbed, TimestepTextEmbedding, sinusoidal_embedding, unpatchify
 from .feed_forward import FeedForward
 from .init import init_default, init_normal
+from .inputs import drop_axis_1, patch_mask
 from .norms import AdaNorm, Norm, WideLinear, make_norm, modulate, residual_modulate
+from .packing import pack_patches, patch_positions, unpack_patches
 
 __all__ = [
     "AdaNorm",
@@ -14,11 +16,16 @@ __all__ = [
     "Norm",
     "TimestepTextEmbedding",
     "WideLinear",
+    "drop_axis_1",
     "init_default",
     "init_normal",
     "make_norm",
     "modulate",
+    "patch_mask",
+    "pack_patches",
+    "patch_positions",
     "residual_modulate",
     "sinusoidal_embedding",
+    "unpack_patches",
     "unpatchify",
 ]

@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -425,20 +425,25 @@ def _bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> None:
+def write_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float, crf: int = 18) -> None:
     """Write an mp4 that plays in a browser: H.264, yuv420p, index in front (faststart). Atomic.
 
     Args:
         path: ends in ``.mp4``; its directory exists.
-        frames: uint8 ``(frames, height, width, 3)``; height and width even, as yuv420p stores colour at half size.
+        frames: uint8 ``(frames, height, width, 3)``, or chunks of them as they come, each written before the next one
+            is asked for; height and width even, as yuv420p stores colour at half size.
         fps: frames per second.
         crf: x264's constant rate factor, 0 (best) to 51.
     """
-    _check_frames("write_video", frames)
     path = Path(path)
-    height, width = frames.shape[1:3]
     if path.suffix != ".mp4":
         raise ValueError(f"write_video: path must end in .mp4, got {path}")
+    chunks = iter((frames,) if isinstance(frames, Tensor) else frames)
+    first = next(chunks, None)
+    if first is None:
+        raise ValueError("write_video: frames must have at least one chunk, got none")
+    _check_frames("write_video", first)
+    height, width = first.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"write_video: height and width must be even, got {height} x {width}; crop or pad the frames")
     if not (math.isfinite(fps) and fps > 0):
@@ -452,12 +457,16 @@ def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> 
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # What swscale makes of RGB, said in the file so that every player undoes the same: BT.601, limited range.
         stream.codec_context.colorspace, stream.codec_context.color_range = 5, 1
-        for picture in frames:
-            frame = av.VideoFrame(width, height, "rgb24")
-            padding = frame.planes[0].line_size - width * 3
-            rows = torch.nn.functional.pad(picture.reshape(height, width * 3), (0, padding))
-            frame.planes[0].update(_bytes(rows))
-            container.mux(stream.encode(frame))
+        for chunk in itertools.chain((first,), chunks):
+            _check_frames("write_video", chunk)
+            if chunk.shape[1:3] != (height, width):
+                raise ValueError(f"write_video: all chunks must be {height} x {width}, got {tuple(chunk.shape)}")
+            for picture in chunk:
+                frame = av.VideoFrame(width, height, "rgb24")
+                padding = frame.planes[0].line_size - width * 3
+                rows = torch.nn.functional.pad(picture.reshape(height, width * 3), (0, padding))
+                frame.planes[0].update(_bytes(rows))
+                container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the parts of a text-to-video model lie.
+"""Where the parts of a model lie, and which system it belongs to.
 
 A checkpoint of a run says so in its ``pipeline.json``; a model folder in diffusers' layout by its subfolders
-``transformer``, ``vae``, ``text_encoder`` (T5) and ``text_encoder_2`` (CLIP), with ``tokenizer`` and ``tokenizer_2``.
+``transformer``, ``vae``, ``text_encoder`` (T5 or mT5) and ``text_encoder_2`` (CLIP), with ``tokenizer`` and
+``tokenizer_2``, and by the name of its transformer's class.
 """
 
 from __future__ import annotations
@@ -11,25 +12,34 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vidgen import config
 from vidgen.io import newest_valid, read_json, write_json
+
+T = TypeVar("T")
 
 PIPELINE = "pipeline.json"
 PARTS = ("transformer", "vae", "t5", "clip")
 LAYOUT = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "text_encoder_2"}
 TOKENIZERS = {"t5": "tokenizer", "clip": "tokenizer_2"}
+# The class of the transformer, as its config.json names it, and the system that it belongs to.
+CLASSES = {"SparseUMMDiT": "opensora_plan_v1_5"}
+# The parts beside the transformer that a system needs.
+NEEDED = {"opensora_plan_v1_5": ("vae", "t5", "clip")}
+# What differs from the defaults of `Parts`.
+RELEASED: dict[str, dict[str, Any]] = {}
 
 
 @dataclass
 class Parts:
-    """Folders of the parts, and what the transformer was trained on; the defaults are the release's."""
+    """Folders of the parts, and what the transformer was trained on; the defaults are those of Open-Sora Plan 1.5."""
 
     transformer: Path
     vae: Path | None = None
     t5: Path | None = None
     clip: Path | None = None
+    system: str = "opensora_plan_v1_5"
     num_frames: int = 121
     height: int = 576
     width: int = 1024
@@ -62,19 +72,30 @@ def find_parts(model: str | Path, **given: Path | None) -> Parts:
         parts = _read(checkpoint)
     elif (model / LAYOUT["transformer"] / "config.json").is_file():
         found = {name: model / folder for name, folder in LAYOUT.items() if (model / folder).is_dir()}
-        parts = _with_folders(Parts(model), found)
+        parts = _with_folders(released(model / LAYOUT["transformer"]), found)
     elif (model / "config.json").is_file():
-        parts = Parts(transformer=model)
+        parts = released(model)
     else:
         raise ValueError(f"model: {model} holds no checkpoint, no {LAYOUT['transformer']} folder and no config.json")
     parts = _with_folders(parts, {name: path for name, path in given.items() if path is not None})
-    for name in PARTS[1:]:
+    if parts.system not in NEEDED:
+        raise ValueError(f"model: {model}: wanted a system of {', '.join(NEEDED)}, got {parts.system!r}")
+    for name in NEEDED[parts.system]:
         if getattr(parts, name) is None:
             raise ValueError(f"model: {model} does not say where its {name} lies; give --{name} FOLDER")
         if not getattr(parts, name).is_dir():
             raise ValueError(f"model: the folder of its {name}, {getattr(parts, name)}, does not exist; give --{name}")
     assert parts.vae is not None
     return replace(parts, vae=weights_folder(parts.vae))
+
+
+def released(transformer: Path) -> Parts:
+    """A transformer alone, with what its system was released with. Raises ValueError for an unknown class."""
+    values = read_json(transformer / "config.json")
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if name not in CLASSES:
+        raise ValueError(f"model: {transformer / 'config.json'}: wanted _class_name {', '.join(CLASSES)}, got {name!r}")
+    return Parts(transformer, system=CLASSES[name], **RELEASED.get(CLASSES[name], {}))
 
 
 def _read(folder: Path) -> Parts:
@@ -113,3 +134,9 @@ def weights_folder(path: str | Path, part: str = "ema") -> Path:
             if (candidate / "config.json").is_file():
                 return candidate
     raise ValueError(f"{path}: no model there, and no run with a checkpoint")
+
+
+def needed(value: T | None) -> T:
+    """A value that is known to be there, such as a part after `find_parts`."""
+    assert value is not None
+    return value

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to videos: encode the text, integrate the velocity from noise, decode, write mp4, sheet and json."""
+"""Prompts to videos, for every system: encode the texts, sample latents, decode, write mp4, sheet and json.
+
+Only one kind of model is in memory at a time: first the text encoders, then the VAE where references are given, then
+the transformer, then the VAE again, whose frames go into the video file as they are decoded. How each of these works
+is said in the module of the system; it has the functions
+
+    latent_shape, problems, texts       what fits and what is encoded
+    load_encoders, encode_text          one text to tensors
+    load_vae, conditions, decode        references to tensors, a latent to frames
+    load_transformer, sample_latents    a batch of texts and conditions to latents
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,205 +27,201 @@ from vidgen import __version__
 from vidgen import device as devices
 from vidgen.data.transforms import to_frames
 from vidgen.data.video import contact_sheet, write_video
-from vidgen.diffusion import sample, shifted_linear_schedule
 from vidgen.io import write_json
-from vidgen.models.autoencoders.wfvae import WFVAE
-from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
-from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
 
-from .folders import Parts, find_parts
+from . import opensora_plan_v1_5
+from .folders import find_parts
+from .prompts import read_prompts
+from .settings import COMMON, Job, Request, SampleSettings, fill_in, plain
 
+__all__ = ["SYSTEMS", "Request", "SampleSettings", "describe_sample", "read_prompts", "sample_videos"]
+
+SYSTEMS: dict[str, Any] = {"opensora_plan_v1_5": opensora_plan_v1_5}
 SHEET_FRAMES = 9  # of a video on its contact sheet
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How to sample; None takes what the model was trained on. The defaults are those of Open-Sora Plan v1.5.
-
-    Attributes:
-        seed: of the first prompt's noise; the next prompts have the next seeds.
-        steps: Euler steps.
-        guidance: classifier-free guidance, none at 1.
-        guidance_rescale: see `vidgen.diffusion.rescale_guidance`.
-        shift: of the noise schedule.
-        frames, height, width: of the video; 8n+1 frames, height and width multiples of 16.
-        precision: of transformer and VAE, "fp32" or "bf16".
-        vae, t5, clip: folders to use instead of the model's own.
-    """
-
-    seed: int = 0
-    steps: int = 50
-    guidance: float = 8.0
-    guidance_rescale: float = 0.7
-    shift: float = 7.0
-    negative_prompt: str = ""
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    vae: Path | None = None
-    t5: Path | None = None
-    clip: Path | None = None
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; empty lines do not count. Raises ValueError where none is left."""
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompts")
-    return prompts
-
-
-def describe_sample(model: str | Path, settings: SampleSettings) -> dict[str, Any]:
-    """What `sample_videos` would do, without loading weights: folders, settings and shapes."""
-    parts, video = _resolve(model, settings)
-    frames, height, width = video["frames"], video["height"], video["width"]
+def describe_sample(
+    model: str | Path, settings: SampleSettings, prompts: Sequence[str | Request] = ()
+) -> dict[str, Any]:
+    """What `sample_videos` would do, without loading weights: system, folders, settings and shapes."""
+    job = plan(model, settings, as_requests(prompts))
+    parts = {name: getattr(job.parts, name) for name in ("transformer", "vae", "t5", "clip")}
     return {
-        "settings": _plain(settings),
-        **{name: str(getattr(parts, name)) for name in ("transformer", "vae", "t5", "clip")},
-        "video_shape": [3, frames, height, width],
-        "latent_frames_height_width": [(frames - 1) // 8 + 1, height // 8, width // 8],
-        "fps": video["fps"],
+        "system": job.parts.system,
+        "settings": facts_of(job),
+        **{name: str(folder) for name, folder in parts.items() if folder is not None},
+        "video_shape": [3, job.frames, job.height, job.width],
+        "latent_frames_height_width": SYSTEMS[job.parts.system].latent_shape(job),
+        "fps": job.fps,
+        "videos": len(prompts),
     }
 
 
 def sample_videos(
-    model: str | Path, prompts: Sequence[str], output: str | Path, settings: SampleSettings = SampleSettings()
+    model: str | Path, prompts: Sequence[str | Request], output: str | Path, settings: SampleSettings | None = None
 ) -> list[dict[str, Any]]:
-    """Sample one video per prompt into ``output``: ``000_words.mp4``, ``.png`` (contact sheet) and ``.json``.
+    """Sample one video per request into ``output``: ``000_words.mp4``, ``.png`` (contact sheet) and ``.json``.
+
+    Args:
+        prompts: requests; a string is a request with nothing but a prompt.
+        settings: default: those of the system.
 
     Returns:
         What stands in each json, plus the paths ``video``, ``sheet`` and ``json``.
 
     Raises:
-        ValueError: no prompts, settings that do not fit, or a model that is incomplete.
-        FloatingPointError: the velocity is not finite.
+        ValueError: no prompts, settings or references that do not fit, or a model that is incomplete.
+        FloatingPointError: the transformer's output is not finite.
     """
-    if not prompts:
+    requests = as_requests(prompts)
+    if not requests:
         raise ValueError("sample: no prompt given")
-    parts, video = _resolve(model, settings)
-    device = devices.resolve(settings.device)
-    dtype = devices.compute_dtype(device, settings.precision)
-    texts = [settings.negative_prompt, *(parts.prompt_prefix + prompt for prompt in prompts)]
-    embeddings = encode_texts(parts, [clean_caption(text) for text in texts], device, dtype)
-    transformer = SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
-    vae = WFVAE.from_pretrained(_required(parts.vae), dtype=dtype, device=device)
+    job = plan(model, settings or SampleSettings(), requests)
+    system = SYSTEMS[job.parts.system]
+    texts = [system.texts(job, request) for request in requests]
+    embeddings = encode_texts(job, [text for pair in texts for text in pair])
+    conditions = encode_references(job, requests)
+    latents, seconds = sample_all(job, texts, embeddings, conditions)
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    negative = {name: value[:1] for name, value in embeddings.items()}
+    vae = system.load_vae(job)
     results = []
-    for index, prompt in enumerate(prompts):
+    for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
         began = time.monotonic()
-        positive = {name: value[index + 1 : index + 2] for name, value in embeddings.items()}
-        seed = settings.seed + index
-        frames = generate(transformer, vae, positive, negative, video, settings, seed)
-        facts = {
-            "prompt": prompt,
-            "seed": seed,
-            "settings": {**_plain(settings), **video, "seed": seed},
-            "prompt_prefix": parts.prompt_prefix,
-            "model": str(parts.transformer),
-            "model_config_sha256": hashlib.sha256((parts.transformer / "config.json").read_bytes()).hexdigest(),
-            "vae": str(parts.vae),
-            "versions": {"vidgen": __version__, "torch": torch.__version__},
-            "device": devices.describe(device),
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        results.append(_write(frames, facts, output / f"{index:03d}_{_slug(prompt)}", video["fps"]))
+        words = request.name or request.prompt
+        stem = output / f"{index:03d}_{_slug(words)}"
+        video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
+        write_frames(decoded(vae, job, latent), video, sheet, request.prompt, job)
+        facts = facts_about(job, request, index)
+        facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
+        write_json(json_file, facts)
+        results.append({**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)})
     return results
 
 
-def encode_texts(parts: Parts, texts: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Both encoders' views of the texts, under the transformer's argument names; the encoders are let go again.
+def plan(model: str | Path, settings: SampleSettings, requests: Sequence[Request]) -> Job:
+    """The job, with everything checked that can be checked without weights. Raises ValueError."""
+    parts = find_parts(model, vae=settings.vae, t5=settings.t5, clip=settings.clip)
+    system = SYSTEMS[parts.system]
+    device = devices.resolve(settings.device)
+    job = Job(
+        parts,
+        fill_in(settings, system.DEFAULTS, parts.system),
+        frames=parts.num_frames if settings.frames is None else settings.frames,
+        height=parts.height if settings.height is None else settings.height,
+        width=parts.width if settings.width is None else settings.width,
+        fps=parts.fps if settings.fps is None else settings.fps,
+        device=device,
+        dtype=devices.compute_dtype(device, settings.precision),
+    )
+    missing = [str(path) for request in requests for path in request.references if not path.is_file()]
+    problems = [f"there is no file {path}" for path in missing] or system.problems(job, requests)
+    if problems:
+        raise ValueError("sample: " + "; ".join(problems))
+    return job
 
-    Returns:
-        ``encoder_hidden_states`` (texts, tokens, channels), ``encoder_attention_mask`` (texts, tokens) and
-        ``pooled_projections`` (texts, channels).
-    """
-    t5 = T5TextEncoder.from_pretrained(
-        _required(parts.t5), parts.t5_max_length, tokenizer_folder=parts.tokenizer("t5"), dtype=dtype
-    ).to(device)
-    hidden, mask = t5.encode(texts)
-    clip = CLIPTextEncoder.from_pretrained(
-        _required(parts.clip), parts.clip_max_length, tokenizer_folder=parts.tokenizer("clip"), dtype=dtype
-    ).to(device)
-    return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "pooled_projections": clip.encode(texts)}
+
+def as_requests(prompts: Sequence[str | Request]) -> list[Request]:
+    return [prompt if isinstance(prompt, Request) else Request(prompt) for prompt in prompts]
+
+
+def encode_texts(job: Job, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """What the encoders make of each text; one by one, so that a text does not depend on its neighbours."""
+    system = SYSTEMS[job.parts.system]
+    encoders = system.load_encoders(job.parts, job.dtype, job.device)
+    return {text: system.encode_text(encoders, text) for text in dict.fromkeys(texts)}
 
 
 @torch.no_grad()
-def generate(
-    transformer: SparseUMMDiT,
-    vae: WFVAE,
-    positive: dict[str, Tensor],
-    negative: dict[str, Tensor],
-    video: dict[str, Any],
-    settings: SampleSettings,
-    seed: int,
-) -> Tensor:
-    """One video as uint8 frames ``(frames, height, width, 3)``.
-
-    The noise is drawn on the CPU, so that a seed means the same on every device.
-    """
-    weight = next(transformer.parameters())
-    shape = (transformer.config.in_channels, (video["frames"] - 1) // 8 + 1, video["height"] // 8, video["width"] // 8)
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
-    latent = sample(
-        transformer,
-        noise.to(weight.device, weight.dtype),
-        shifted_linear_schedule(settings.steps, settings.shift),
-        positive,
-        negative_conditioning=negative,
-        guidance_scale=settings.guidance,
-        guidance_rescale=settings.guidance_rescale,
-    )
-    return to_frames(vae.decode(latent)[0].cpu())
+def encode_references(job: Job, requests: Sequence[Request]) -> list[dict[str, Tensor]]:
+    """The conditions of each request, empty where it has no references."""
+    if not any(request.references for request in requests):
+        return [{} for _ in requests]
+    system = SYSTEMS[job.parts.system]
+    vae = system.load_vae(job)
+    seeds = range(job.settings.seed, job.settings.seed + len(requests))
+    pairs = zip(requests, seeds, strict=True)
+    return [system.conditions(vae, job, request, seed) if request.references else {} for request, seed in pairs]
 
 
-def _resolve(model: str | Path, settings: SampleSettings) -> tuple[Parts, dict[str, Any]]:
-    """The parts, and frames, height, width and fps of the video, checked."""
-    parts = find_parts(model, vae=settings.vae, t5=settings.t5, clip=settings.clip)
-    video = {
-        "frames": settings.frames or parts.num_frames,
-        "height": settings.height or parts.height,
-        "width": settings.width or parts.width,
-        "fps": settings.fps or parts.fps,
+@torch.no_grad()
+def sample_all(
+    job: Job,
+    texts: Sequence[tuple[str, str]],
+    embeddings: dict[str, dict[str, Tensor]],
+    conditions: Sequence[dict[str, Tensor]],
+) -> tuple[list[Tensor], list[float]]:
+    """A latent ``(1, ...)`` on the CPU for each pair of texts, and the seconds that it took."""
+    system = SYSTEMS[job.parts.system]
+    transformer = system.load_transformer(job)
+    latents: list[Tensor] = []
+    seconds: list[float] = []
+    size = job.settings.batch_size
+    for start in range(0, len(texts), size):
+        began = time.monotonic()
+        batch = range(start, min(start + size, len(texts)))
+        positive, negative = (concatenate([embeddings[texts[i][side]] for i in batch]) for side in (0, 1))
+        given = concatenate([conditions[i] for i in batch])
+        seeds = [job.settings.seed + i for i in batch]
+        result = system.sample_latents(transformer, job, positive, negative, given, seeds).cpu()
+        latents += result.split(1)
+        seconds += [(time.monotonic() - began) / len(batch)] * len(batch)
+    return latents, seconds
+
+
+def concatenate(entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors ``(1, ...)`` of several requests as batches."""
+    return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+
+
+@torch.no_grad()
+def decoded(vae: Any, job: Job, latent: Tensor) -> Iterator[Tensor]:
+    """The frames of one latent as uint8 ``(frames, height, width, 3)``, chunk by chunk."""
+    for chunk in SYSTEMS[job.parts.system].decode(vae, job, latent.to(job.device)):
+        if chunk.shape[2]:
+            yield to_frames(chunk[0].cpu())
+
+
+def write_frames(chunks: Iterator[Tensor], video: Path, sheet: Path, label: str, job: Job) -> None:
+    """Write the video as its frames come, and the sheet of every so many of them."""
+    every = max(1, -(-job.frames // SHEET_FRAMES))
+    shown: list[Tensor] = []
+
+    def noted() -> Iterator[Tensor]:
+        done = 0
+        for chunk in chunks:
+            shown.append(chunk[-done % every :: every].clone())
+            done += len(chunk)
+            yield chunk
+
+    write_video(video, noted(), job.fps)
+    contact_sheet(sheet, [(label, torch.cat(shown))])
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """The settings that this system has, with what was left open filled in."""
+    facts = plain(job.settings, (*COMMON, *SYSTEMS[job.parts.system].DEFAULTS))
+    return {**facts, "frames": job.frames, "height": job.height, "width": job.width, "fps": job.fps}
+
+
+def facts_about(job: Job, request: Request, index: int) -> dict[str, Any]:
+    """What stands in the json of one video."""
+    seed = job.settings.seed + index
+    return {
+        "prompt": request.prompt,
+        "references": [str(path) for path in request.references],
+        "seed": seed,
+        "settings": {**facts_of(job), "seed": seed},
+        "prompt_prefix": job.parts.prompt_prefix,
+        "system": job.parts.system,
+        "model": str(job.parts.transformer),
+        "model_config_sha256": hashlib.sha256((job.parts.transformer / "config.json").read_bytes()).hexdigest(),
+        "vae": str(job.parts.vae),
+        "versions": {"vidgen": __version__, "torch": torch.__version__},
+        "device": devices.describe(job.device),
     }
-    problems = []
-    if video["frames"] < 1 or video["frames"] % 8 != 1:
-        problems.append(f"frames must be 8n+1, got {video['frames']}")
-    for name in ("height", "width"):
-        if video[name] < 16 or video[name] % 16:
-            problems.append(f"{name} must be a multiple of 16, got {video[name]}")
-    for name in ("steps", "shift", "fps"):
-        value = video["fps"] if name == "fps" else getattr(settings, name)
-        if not value > 0:
-            problems.append(f"{name} must be positive, got {value}")
-    if not 0 <= settings.guidance_rescale <= 1:
-        problems.append(f"guidance_rescale must lie in [0, 1], got {settings.guidance_rescale}")
-    if problems:
-        raise ValueError("sample: " + "; ".join(problems))
-    return parts, video
-
-
-def _write(frames: Tensor, facts: dict[str, Any], stem: Path, fps: float) -> dict[str, Any]:
-    video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
-    write_video(video, frames, fps)
-    contact_sheet(sheet, [(facts["prompt"], frames)], every=max(1, -(-len(frames) // SHEET_FRAMES)))
-    write_json(json_file, facts)
-    return {**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)}
 
 
 def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", prompt.lower())[:40].strip("_") or "prompt"
-
-
-def _plain(settings: SampleSettings) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-
-
-def _required(path: Path | None) -> Path:
-    assert path is not None  # find_parts has seen to it
-    return path

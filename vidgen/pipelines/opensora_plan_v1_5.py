@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open-Sora Plan 1.5: a SparseUMMDiT under T5 and CLIP, flow matching with Euler steps, the 8x8x8 WFVAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidgen.diffusion import sample, shifted_linear_schedule
+from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
+from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
+
+from .folders import Parts, needed
+from .settings import Job, Request, chunk_latents, size_problems
+
+DEFAULTS = {"steps": 50, "guidance": 8.0, "guidance_rescale": 0.7, "shift": 7.0, "negative_prompt": ""}
+
+Encoders = tuple[T5TextEncoder, CLIPTextEncoder]
+
+
+def latent_shape(job: Job) -> list[int]:
+    """Frames, height and width of the latent."""
+    factor, side = WFVAE.frames_per_latent, WFVAE.pixels_per_latent
+    return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
+
+
+def problems(job: Job, requests: Sequence[Request]) -> list[str]:
+    """What cannot be sampled, in words; empty when all is well."""
+    found = size_problems(job, WFVAE.frames_per_latent, 2 * WFVAE.pixels_per_latent)
+    if any(request.references for request in requests):
+        found.append("opensora_plan_v1_5 takes no images and no videos")
+    return found
+
+
+def load_encoders(parts: Parts, dtype: torch.dtype, device: torch.device) -> Encoders:
+    t5 = T5TextEncoder.from_pretrained(
+        needed(parts.t5), parts.t5_max_length, tokenizer_folder=parts.tokenizer("t5"), dtype=dtype
+    )
+    clip = CLIPTextEncoder.from_pretrained(
+        needed(parts.clip), parts.clip_max_length, tokenizer_folder=parts.tokenizer("clip"), dtype=dtype
+    )
+    return t5.to(device), clip.to(device)
+
+
+def encode_text(encoders: Encoders, text: str) -> dict[str, Tensor]:
+    """Both encoders' views of one text, under the transformer's argument names, ``(1, ...)`` each."""
+    t5, clip = encoders
+    text = clean_caption(text)
+    hidden, mask = t5.encode([text])
+    return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "pooled_projections": clip.encode([text])}
+
+
+def texts(job: Job, request: Request) -> tuple[str, str]:
+    """The positive and the negative text of a request, as the encoders are to see them."""
+    return job.parts.prompt_prefix + request.prompt, job.negative(request)
+
+
+def load_vae(job: Job) -> WFVAE:
+    return WFVAE.from_pretrained(needed(job.parts.vae), dtype=job.dtype, device=job.device)
+
+
+def load_transformer(job: Job) -> SparseUMMDiT:
+    return SparseUMMDiT.from_pretrained(job.parts.transformer, dtype=job.dtype, device=job.device)
+
+
+def sample_latents(
+    transformer: SparseUMMDiT,
+    job: Job,
+    positive: dict[str, Tensor],
+    negative: dict[str, Tensor],
+    conditions: dict[str, Any],
+    seeds: Sequence[int],
+) -> Tensor:
+    """Latents ``(batch, channels, frames, height, width)`` of a batch of texts.
+
+    The noise is drawn on the CPU, for each video from a generator of its own.
+    """
+    shape = (1, transformer.config.in_channels, *latent_shape(job))
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    settings = job.settings
+    return sample(
+        transformer,
+        noise.to(job.device, job.dtype),
+        shifted_linear_schedule(needed(settings.steps), needed(settings.shift)),
+        positive,
+        negative_conditioning=negative,
+        guidance_scale=needed(settings.guidance),
+        guidance_rescale=needed(settings.guidance_rescale),
+    )
+
+
+def decode(vae: WFVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
+    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``."""
+    chunk = chunk_latents(job, vae.frames_per_latent)
+    return vae.decode_stream(latent, chunk_latents=chunk, tile_size=job.settings.tile_size)

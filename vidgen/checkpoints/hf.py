@@ -50,7 +50,7 @@ class PretrainedModel(nn.Module):
     """A model with a configuration dataclass that is saved to and loaded from folders.
 
     A subclass sets ``config_class``, takes the configuration as its only constructor argument and keeps it as
-    ``self.config``. Where original checkpoints differ from ours, it overrides the two methods below.
+    ``self.config``. Where original checkpoints differ from ours, it overrides the three methods below.
     """
 
     config_class: ClassVar[type]
@@ -59,6 +59,10 @@ class PretrainedModel(nn.Module):
     @staticmethod
     def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
         """What a file holds, in any form that is known, as a flat map in the model's names."""
+        return dict(state)
+
+    def fit_state_dict(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`convert_state_dict` returned, in the shapes that this model has them in."""
         return dict(state)
 
     def ignored_keys(self) -> tuple[str, ...]:
@@ -106,7 +110,7 @@ def from_pretrained(
         config = read_config(cls, path)
     with torch.device("meta"):
         model = cls(config)
-    state = cls.convert_state_dict(load_state_dict(path))
+    state = model.fit_state_dict(cls.convert_state_dict(load_state_dict(path)))
     for key in list(state):
         if isinstance(state[key], Tensor):
             tensor = state[key]

@@ -3,24 +3,197 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidgen import diffusion, ops
 
 from .comparison import Case, Comparison
 
-RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {}
-NOT_BUILT = {
-    "dit_forward",
-    "inpaint_forward",
-    "wfvae",
-    "vae_blocks",
-    "vae_losses",
-    "haar",
-    "rope",
-    "rearrange_maps",
-    "sampler",
-    "train_loss",
-    "pipeline",
-    "inpaint_masks",
-    "metrics",
-    "data_rules",
+
+def dit_forward(case: Case, compare: Comparison) -> None:
+    model = _model(case.meta["config"], case.group("w/"), inpaint=case.meta["kind"] == "inpaint_forward")
+    seen: dict[str, Tensor] = {}
+    for name in compare.expected:
+        if block := re.fullmatch(r"block_(\d+)", name):
+            # stored as (tokens, batch, hidden)
+            model.transformer_blocks[int(block[1])].register_forward_hook(
+                lambda module, inputs, output, name=name: seen.update({name: output.transpose(0, 1)})
+            )
+    with torch.no_grad():
+        seen["sample"] = model(**case.group("in/"))
+    for name in compare.expected:
+        compare(name, seen[name])
+
+
+def _model(config: dict[str, Any], weights: dict[str, Tensor], *, inpaint: bool = False) -> Any:
+    from vidgen import config as loading
+    from vidgen.models.opensora_plan_v1_3 import (
+        OpenSoraConfig,
+        OpenSoraInpaint_v1_3,
+        OpenSoraInpaintConfig,
+        OpenSoraT2V_v1_3,
+    )
+
+    if inpaint:
+        model: Any = OpenSoraInpaint_v1_3(loading.load(OpenSoraInpaintConfig, config))
+    else:
+        model = OpenSoraT2V_v1_3(loading.load(OpenSoraConfig, config))
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def rope(case: Case, compare: Comparison) -> None:
+    for index, grid in enumerate(case.meta["grids"]):
+        tokens = case.tensors[f"in/q{index}"].transpose(0, 1)
+        sections = (tokens.shape[-1] // 3,) * 3
+        cos, sin = ops.rope_3d_table(
+            grid, sections, scale=case.meta["interpolation_scale_thw"], theta=case.meta["theta"]
+        )
+        rotated = ops.rope_3d(tokens, cos, sin, style="half_per_axis", sections=sections)
+        compare(f"q{index}", rotated.transpose(0, 1))
+        axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+        compare(f"pos{index}_thw", torch.stack(axes).flatten(1))
+
+
+def rearrange_maps(case: Case, compare: Comparison) -> None:
+    from vidgen.models.opensora_plan_v1_3.model import visible_keys
+
+    for n, k, batch in case.meta["specs"]:
+        for pattern in ("single", "group"):
+            name = f"{pattern}_N{n}_k{k}_B{batch}"
+            group, position = ops.skiparse_index(n, k, pattern)
+            padded = ops.skiparse_padded_length(n, k)
+            compare(f"padlen_{name}", torch.tensor([padded - n]))
+            table = torch.full((padded // k, k * batch), -1)
+            for b in range(batch):
+                table[position, group * batch + b] = torch.arange(n) + 1000 * b
+            compare(name, table)
+            compare(f"selfmask_{name}", _self_mask(case.tensors[f"in/mask_{name}"][:, 0], k, pattern))
+            # text: every group of a sample sees the whole text of that sample, which is why our layers are dense
+            text = case.tensors[f"in/encmask_{name}"]
+            compare(f"crossmask_{name}", text.repeat(k, 1, 1)[:, None])
+            tokens = torch.arange(text.shape[-1])[:, None] + 1000 * torch.arange(batch)
+            compare(f"kv_{name}", tokens.repeat(1, k))
+            mask = case.tensors[f"in/mask_{name}"][:, 0] == 0
+            hidden = visible_keys(mask, k, pattern)
+            compare.equal(f"hidden {name}", bool((hidden & ~mask).any()), _has_hidden_group(mask, k, pattern))
+
+
+def _self_mask(bias: Tensor, k: int, pattern: str) -> Tensor:
+    """The bias of every key, group by group, with the -9980 that the original gives to padding."""
+    from vidgen.ops.skiparse_index import tokens_to_groups
+
+    grouped = tokens_to_groups(bias + 9980, k, pattern) - 9980  # padding is zero
+    return grouped.transpose(0, 1).flatten(0, 1)[:, None, None]
+
+
+def _has_hidden_group(mask: Tensor, k: int, pattern: str) -> bool:
+    """Whether a group without padding has hidden keys only."""
+    group, _ = ops.skiparse_index(mask.shape[1], k, pattern)
+    full = ops.skiparse_padded_length(mask.shape[1], k) // k
+    members = [mask[:, group == g] for g in range(k)]
+    return any(m.shape[1] == full and bool((~m).all(1).any()) for m in members)
+
+
+def sampler(case: Case, compare: Comparison) -> None:
+    config = dict(case.meta["config"])
+    compare.equal("prediction_type", config.pop("prediction_type"), "v_prediction")
+    compare.equal("rescale_betas_zero_snr", config.pop("rescale_betas_zero_snr"), True)
+    spacing = config.pop("timestep_spacing")
+    compare.equal("other settings", config, {})
+    inputs, steps = case.group("in/"), case.meta["steps"]
+    schedule = diffusion.euler_ancestral_schedule(steps, spacing=spacing)
+    table = diffusion.open_sora_plan_alphas_cumprod()
+    latents, seen = [inputs["initial_noise"] * schedule.initial_std], []
+
+    def model(x: Tensor, timestep: Tensor) -> Tensor:
+        index = len(seen)
+        seen.append(x[:1])
+        compare(f"timestep {index}", timestep, compare.expected["timesteps"][index].expand(2), part="tables")
+        return torch.cat([inputs[f"v_uncond_{index}"], inputs[f"v_text_{index}"]])
+
+    diffusion.sample_euler_ancestral(
+        lambda x, timestep, text: model(x, timestep),
+        inputs["initial_noise"],
+        schedule,
+        {"text": torch.zeros(1, 1)},
+        negative_conditioning={"text": torch.zeros(1, 1)},
+        guidance_scale=case.meta["guidance_scale"],
+        step_noises=[inputs[f"step_noise_{i}"] for i in range(steps)],
+        on_step=lambda index, x: latents.append(x),
+    )
+    for index, x in enumerate(latents):
+        compare(f"latents_{index}", x, part="latents_1" if index == 1 else "later_latents")
+    for index, x in enumerate(seen):
+        compare(f"model_input_{index}", x, part="latents_1" if index == 1 else "later_latents")
+    compare("ddpm_alphas_cumprod", table, part="tables")
+    compare("alphas_cumprod", torch.cat([table[:-1], torch.tensor([2.0**-24])]), part="tables")
+    # 1 - a is as small as 1e-4 where a is close to 1: the last bit of the table, which linspace and cumprod round
+    # differently from machine to machine, is 3e-5 of a sigma. So the sigmas are those of the stored table.
+    for name, number in {"": steps, "_100": 100}.items():
+        timesteps, sigmas, _ = diffusion.euler_ancestral_schedule(
+            number, compare.expected["ddpm_alphas_cumprod"], spacing=spacing
+        )
+        compare(f"timesteps{name}", timesteps, part="tables")
+        compare(f"sigmas{name}", sigmas, part="tables")
+
+
+def train_loss(case: Case, compare: Comparison) -> None:
+    inputs, settings = case.group("in/"), dict(case.meta["scheduler"])
+    wanted = {"cls": "DDPMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    wanted |= {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    schedule = settings.pop("beta_schedule")
+    compare.equal("scheduler", settings, wanted)
+    table = diffusion.open_sora_plan_alphas_cumprod(schedule)
+    model = _model(case.meta["config"], case.group("w/"), inpaint="Inpaint" in case.meta["cls"])
+    noise = inputs["noise"]
+    if case.meta["noise_offset"]:
+        (offsets,) = (t for name, t in inputs.items() if "offset" in name)
+        noise = diffusion.offset_noise(noise, case.meta["noise_offset"], offsets)
+    seen: dict[str, Tensor] = {}
+    names = ("encoder_hidden_states", "attention_mask", "encoder_attention_mask")
+
+    def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        seen["noisy_latents"] = noisy
+        more = [inputs[name] for name in ("masked_latents", "mask", "condition") if name in inputs]
+        return model(torch.cat([noisy, *more], 1), timesteps, **{name: inputs[name] for name in names})
+
+    loss = diffusion.v_prediction_loss(
+        velocity,
+        inputs["latents"],
+        alphas_cumprod=table,
+        mask=inputs["attention_mask"],
+        noise=noise,
+        timesteps=inputs["timesteps"],
+        snr_gamma=case.meta["snr_gamma"],
+    )
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    compare("loss", loss.reshape(1), part="loss")
+    compare("noisy_latents", seen["noisy_latents"], part="grads")
+    target = diffusion.v_prediction.velocity_target(inputs["latents"], noise, table, inputs["timesteps"])
+    compare("velocity_target", target, part="grads")
+    snr = diffusion.v_prediction.signal_to_noise(table, inputs["timesteps"])
+    for name, value in {"snr": snr}.items():
+        if name in compare.expected:
+            compare(name, value, part="grads")
+    for name in case.group("out/grad/"):
+        compare(f"grad/{name}", grads[name], part="grads")
+    norm = torch.stack([g.double().square().sum() for g in grads.values() if g is not None]).sum().sqrt()
+    compare("grad_norm_total", norm.reshape(1), part="grads")
+
+
+RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "dit_forward": dit_forward,
+    "inpaint_forward": dit_forward,
+    "rearrange_maps": rearrange_maps,
+    "rope": rope,
+    "sampler": sampler,
+    "train_loss": train_loss,
 }
+NOT_BUILT = {"data_rules", "haar", "inpaint_masks", "metrics", "pipeline", "vae_blocks", "vae_losses", "wfvae"}

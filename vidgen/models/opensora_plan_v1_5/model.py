@@ -23,10 +23,12 @@ from vidgen.nn import (
     FramePatchEmbed,
     Norm,
     TimestepTextEmbedding,
+    drop_axis_1,
     init_default,
     init_normal,
     make_norm,
     modulate,
+    patch_mask,
     residual_modulate,
     unpatchify,
 )
@@ -218,7 +220,7 @@ class SparseUMMDiT(PretrainedModel):
         cos, sin = ops.rope_3d_table(grid, sections, device=x.device)
         rope = {"cos": cos, "sin": sin, "style": "half_per_axis", "sections": sections}
         if mask is not None:  # a token is valid where any of its patch is
-            mask = F.max_pool3d((mask != 0).float().unsqueeze(1), patch).flatten(1) > 0
+            mask = patch_mask(mask, patch)
         text_mask = None if text_mask is None else text_mask != 0
 
         stages: list[Any] = list(self.transformer_blocks)
@@ -291,8 +293,3 @@ def skip_layer(config: SparseUMMDiTConfig) -> nn.Sequential:
     width = config.hidden_size
     norm = nn.Identity() if config.skip_connection_zero_init else make_norm(config.norm_cls, 2 * width, config.norm_eps)
     return nn.Sequential(norm, nn.Linear(2 * width, width))
-
-
-def drop_axis_1(t: Any, rank: int) -> Any:
-    """The original's tensors have an axis of size 1 after the batch; both forms are taken."""
-    return t.squeeze(1) if t is not None and t.dim() == rank and t.shape[1] == 1 else t

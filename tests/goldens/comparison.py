@@ -21,12 +21,18 @@ class Case:
     name: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
+    folder: Path = Path()
 
     @classmethod
     def load(cls, path: Path) -> Case:
         meta = json.loads(path.read_text())
         tensors_file = path.with_suffix(".safetensors")
-        return cls(path.parent.name, path.stem, meta, load_file(tensors_file) if tensors_file.exists() else {})
+        tensors = load_file(tensors_file) if tensors_file.exists() else {}
+        return cls(path.parent.name, path.stem, meta, tensors, path.parent)
+
+    def neighbour(self, name: str) -> Case:
+        """Another case of the same folder, such as the one that holds this one's weights."""
+        return Case.load(self.folder / f"{name}.json")
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below a prefix ("w/", "in/", "out/grad/"), without it."""

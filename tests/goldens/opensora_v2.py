@@ -18,7 +18,7 @@ INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "gui
 
 
 def mmdit_forward(case: Case, compare: Comparison) -> None:
-    from vidgen.models.opensora_v2.model import rope_table
+    from vidgen.models.opensora_v2.embeddings import rope_table
 
     model, inputs = _mmdit(case.meta["config"], case.group("w/")), case.group("in/")
     patch = model.config.patch_size
@@ -80,7 +80,7 @@ def _original_tables(cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
 def rope(case: Case, compare: Comparison) -> None:
     from vidgen.models.opensora_v2 import MMDiTConfig
     from vidgen.models.opensora_v2.checkpoint import pairs_to_halves
-    from vidgen.models.opensora_v2.model import rope_table, timestep_embedding
+    from vidgen.models.opensora_v2.embeddings import rope_table, timestep_embedding
 
     inputs, expected, stated = case.group("in/"), compare.expected, case.meta["config"]
     patch, latent = stated["patch_size"], inputs["latent_5d"]
@@ -127,10 +127,49 @@ def rope(case: Case, compare: Comparison) -> None:
 
 
 def timestep_embedding(case: Case, compare: Comparison) -> None:
-    from vidgen.models.opensora_v2.model import timestep_embedding
+    from vidgen.models.opensora_v2.embeddings import timestep_embedding
 
     (given,), (name,) = case.group("in/").values(), compare.expected
     compare(name, timestep_embedding(given, compare.expected[name].shape[-1]))
+
+
+def hunyuan_vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.hunyuan_vae import kl_divergence
+
+    stated, inputs = case.meta, case.group("in/")
+    source = case if case.group("w/") else case.neighbour(stated["weights_in"])
+    tiling = {"use_spatial_tiling": "s" in stated["tiling"], "use_temporal_tiling": "t" in stated["tiling"]}
+    overlap = {"tile_overlap_factor": stated["tile"]["overlap"]}
+    scale = {name: stated[name] for name in ("scale_factor", "shift_factor")}
+    vae = _vae({**stated["config"], **tiling, **overlap, **scale}, source.group("w/"))
+    seen: dict[str, Tensor] = {}
+    hooks = _watch_vae(vae, compare.expected, seen)
+    with torch.no_grad():
+        seen["moments"] = vae.encode_moments(inputs["x"])
+        seen["z_mode"] = vae.encode(inputs["x"])
+        seen["z_sample"] = vae.encode(inputs["x"], noise=inputs["posterior_eps"])
+        seen["rec_from_z_mode"] = vae.decode(compare.expected["z_mode"])
+    for hook in hooks:
+        hook.remove()
+    seen["kl"] = kl_divergence(seen["moments"])
+    for name in compare.expected:
+        compare(name, seen[name])
+
+
+def _vae(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+
+    vae = HunyuanVAE(HunyuanVAEConfig.from_original(config)).eval()
+    vae.load_state_dict(weights, strict=True)
+    return vae
+
+
+def _watch_vae(vae: Any, names: dict[str, Tensor], seen: dict[str, Tensor]) -> list[Any]:
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.update({name: output})
+
+    parts = [name for name in names if name.startswith(("encoder.", "decoder."))]
+    return [vae.get_submodule(name).register_forward_hook(keep(name)) for name in parts]
 
 
 def checkpoint_keys(case: Case, compare: Comparison) -> None:
@@ -144,21 +183,24 @@ def checkpoint_keys(case: Case, compare: Comparison) -> None:
 
 
 def _release(name: str) -> Any:
+    from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
     from vidgen.models.opensora_v2 import MMDiT, preset
 
     if name == "checkpoint_keys_mmdit":
         return MMDiT(preset("released"))
+    if name == "checkpoint_keys_vae":
+        return HunyuanVAE(HunyuanVAEConfig())
     raise AssertionError(f"{name}: keys of an unknown model")
 
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "checkpoint_keys": checkpoint_keys,
+    "hunyuan_vae": hunyuan_vae,
     "mmdit_forward": mmdit_forward,
     "rope": rope,
     "timestep_embedding": timestep_embedding,
 }
 NOT_BUILT = {
-    "hunyuan_vae",
     "schedule",
     "sampler",
     "conditions",

@@ -6,6 +6,7 @@ Transformer tensors are stored as (batch, frames, channels, height, width); ours
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -128,15 +129,144 @@ def sat_transformer_forward(case: Case, compare: Comparison) -> None:
         compare(f"to_sat: {key}", value, weights[key])
 
 
+def autoencoder(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    from vidgen.models.autoencoders.cogvideox_vae import AutoencoderKLCogVideoX, CogVideoXVAEConfig
+
+    vae = AutoencoderKLCogVideoX(loading.load(CogVideoXVAEConfig, config)).eval()
+    vae.load_state_dict(weights, strict=True)
+    return vae
+
+
+@torch.no_grad()
+def vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.causal import split_moments
+    from vidgen.models.autoencoders.cogvideox_vae import DiffusersTiling
+
+    model, inputs = autoencoder(case.meta["config"], case.group("w/")), case.group("in/")
+    tiling = None
+    if stated := case.meta.get("tiling"):
+        tiling = DiffusersTiling(
+            stated["tile_sample_min_height"],
+            stated["tile_sample_min_width"],
+            stated["tile_overlap_factor_height"],
+            stated["tile_overlap_factor_width"],
+        )
+    for name, value in inputs.items():
+        kind, _, suffix = name.partition("_")
+        suffix = f"_{suffix}" if suffix else ""
+        if kind == "video" and tiling is not None:
+            compare(f"moments{suffix}_tiled", model.encode_moments(value, diffusers_tiling=tiling))
+            compare(f"moments{suffix}_untiled", model.encode_moments(value))
+        elif kind == "video":
+            moments = model.encode_moments(value)
+            mean, logvar = split_moments(moments)
+            compare(f"moments{suffix}", moments)
+            compare(f"mode{suffix}", mean)
+            compare(f"std{suffix}", (logvar / 2).exp())
+            compare(f"encode{suffix}", model.encode(value), mean * model.config.scaling_factor)
+        elif kind == "latent":
+            name = f"video{suffix}_tiled" if tiling is not None else f"video{suffix}"
+            video = model.decode_unscaled(value, diffusers_tiling=tiling)
+            compare(name, video)
+            if tiling is None:
+                streamed = torch.cat([*model.decode_stream(model.normalize(value))], 2)
+                compare(f"{name}, streamed", streamed, video)
+        else:
+            raise AssertionError(f"{name}: unknown input")
+    if "first_chunk_video" in compare.expected:
+        first_chunk(model, inputs["latent"], compare)
+
+
+def first_chunk(model: Any, latent: Tensor, compare: Comparison) -> None:
+    """The first batch of frames of a longer video, and what the convolutions keep of it."""
+    from vidgen.models.autoencoders.cogvideox_vae_batches import frame_batches
+    from vidgen.models.autoencoders.streaming import Stream
+
+    stream = Stream()
+    stream.last = False
+    _, stop = frame_batches(latent.shape[2], 2)[0]
+    (video,) = model.decoder(latent[:, :, :stop], stream)
+    compare("first_chunk_video", video)
+    compare("first_chunk_cache_conv_in", stream.recall(model.decoder.conv_in))
+    compare("first_chunk_cache_mid_resnet0_conv1", stream.recall(model.decoder.mid_block.resnets[0].conv1))
+
+
+@torch.no_grad()
+def vae_blocks(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.cogvideox_vae_layers import Downsample, SpatialNorm, Upsample
+    from vidgen.models.autoencoders.layers import CausalConv3d
+    from vidgen.models.autoencoders.streaming import Stream
+
+    weights, inputs = case.group("w/"), case.group("in/")
+
+    def filled(module: Any, name: str) -> Any:
+        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
+        return module
+
+    kernel = weights["causal_conv.conv.weight"]
+    conv = filled(CausalConv3d(kernel.shape[1], kernel.shape[0], 3, padding=1), "causal_conv")
+    x, stream = inputs["causal_x"], Stream()
+    stream.last = False
+    compare("causal_full", conv(x, Stream()))
+    compare("causal_chunk1", conv(x[:, :, :3], stream))
+    compare("causal_cache1", stream.recall(conv))
+    compare("causal_chunk2", conv(x[:, :, 3:], stream))
+
+    width, latent_width = weights["spatial_norm.conv_y.conv.weight"].shape[:2]
+    groups = re.search(r"groups=(\d+)", case.meta["call"])
+    assert groups is not None
+    norm = filled(SpatialNorm(width, latent_width, int(groups[1])), "spatial_norm")
+    channels = weights["down.conv.weight"].shape[0]
+    down, up = filled(Downsample(channels, True), "down"), filled(Upsample(channels, True), "up")
+    for name, value in inputs.items():
+        kind, _, count = name.rpartition("_")
+        if kind == "sn_f":
+            compare(f"sn_{count}", norm(value, inputs[f"sn_zq_{count}"]))
+        elif kind == "resample":
+            compare(f"down_{count}", down(value, Stream()))
+            compare(f"up_{count}", up(value, Stream()))
+
+
+@torch.no_grad()
+def sat_vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.cogvideox_vae_checkpoint import convert_state_dict, to_sat
+
+    original, weights, inputs = case.meta["config"], case.group("w/"), case.group("in/")
+    widths = [original["ch"] * factor for factor in original["ch_mult"]]
+    config = {
+        "in_channels": original["in_channels"],
+        "out_channels": original["out_ch"],
+        "block_out_channels": widths,
+        "down_block_types": ["CogVideoXDownBlock3D"] * len(widths),
+        "up_block_types": ["CogVideoXUpBlock3D"] * len(widths),
+        "latent_channels": original["z_channels"],
+        "layers_per_block": original["num_res_blocks"],
+        "norm_num_groups": int(case.meta["norm_groups"].split()[0]),
+    }
+    ours = convert_state_dict({"state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1)}})
+    model = autoencoder(config, ours)
+    for name, value in inputs.items():
+        kind, _, suffix = name.partition("_")
+        suffix = f"_{suffix}" if suffix else ""
+        if kind == "video":
+            compare(f"moments{suffix}", model.encode_moments(value, chunk_frames=None))
+        else:
+            compare(f"video{suffix}", model.decode_unscaled(value))
+    again = to_sat(model.state_dict())
+    compare.equal("names of SAT", sorted(again), sorted(weights))
+    for key, value in again.items():
+        compare(f"to_sat: {key}", value, weights[key])
+
+
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "rope": rope,
     "sat_transformer_forward": sat_transformer_forward,
+    "sat_vae": sat_vae,
     "transformer_forward": transformer_forward,
+    "vae": vae,
+    "vae_blocks": vae_blocks,
 }
 NOT_BUILT = {
-    "vae",
-    "vae_blocks",
-    "sat_vae",
     "schedule",
     "sampler",
     "sat_sampler",

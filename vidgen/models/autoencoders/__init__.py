@@ -2,7 +2,19 @@
 """Video autoencoders."""
 
 from .hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+from .cogvideox_vae import AutoencoderKLCogVideoX
+from .cogvideox_vae_config import CogVideoXVAEConfig
 from .wfvae import WFVAE, WFVAEOutput
 from .wfvae_config import PRESETS, WFVAEConfig, preset
 
-__all__ = ["PRESETS", "HunyuanVAE", "HunyuanVAEConfig", "WFVAE", "WFVAEConfig", "WFVAEOutput", "preset"]
+__all__ = [
+    "PRESETS",
+    "AutoencoderKLCogVideoX",
+    "CogVideoXVAEConfig",
+    "HunyuanVAE",
+    "HunyuanVAEConfig",
+    "WFVAE",
+    "WFVAEConfig",
+    "WFVAEOutput",
+    "preset",
+]

@@ -62,8 +62,8 @@ class CausalConv3d(nn.Module):
 class FrameConv(nn.Conv2d):
     """3x3 convolution of each frame by itself."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
         if wants_channels_last(x, self.weight):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vidgen import config as loading
+from vidgen import diffusion
+from vidgen.diffusion.v_prediction import diffuse, scaled_linear_alphas_cumprod, shift_snr, velocity_target
 
 from .comparison import Case, Comparison
 
@@ -258,21 +260,126 @@ def sat_vae(case: Case, compare: Comparison) -> None:
         compare(f"to_sat: {key}", value, weights[key])
 
 
+def table_of(config: dict[str, Any], default_shift: float = 3.0) -> Tensor:
+    """The levels of a scheduler's configuration."""
+    wanted = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+    }
+    if different := {name: config[name] for name, value in wanted.items() if config.get(name, value) != value}:
+        raise AssertionError(f"scheduler: unknown settings {different}")
+    shift, count = config.get("snr_shift_scale", default_shift), config.get("num_train_timesteps", 1000)
+    if config.get("rescale_betas_zero_snr"):
+        return diffusion.cogvideox_alphas_cumprod(shift, count)
+    return shift_snr(scaled_linear_alphas_cumprod(count), shift)
+
+
+def steps_of(config: dict[str, Any], num_steps: int) -> list[diffusion.Step]:
+    table = table_of(config)
+    return diffusion.diffusers_steps(
+        num_steps,
+        table,
+        spacing=config["timestep_spacing"],
+        offset=config.get("steps_offset", 0),
+        final_level=1.0 if config.get("set_alpha_to_one", True) else float(table[0]),
+    )
+
+
+def schedule(case: Case, compare: Comparison) -> None:
+    config, inputs = case.meta["config"], case.group("in/")
+    for name in list(compare.expected):
+        if found := re.fullmatch(r"alphas_cumprod_shift([\d.]+)", name):
+            compare(name, table_of({**config, "snr_shift_scale": float(found[1])}))
+        elif found := re.fullmatch(r"timesteps_(\w+)_(\d+)", name):
+            offset = config.get("steps_offset", 0)
+            compare(name, torch.tensor(diffusion.spaced_timesteps(int(found[2]), found[1], offset=offset)))
+    stated = re.search(r"float32 others ([\d.e-]+)", case.meta["tolerance"]["dtype"])
+    assert stated is not None
+    # The stored noisy samples were made with the table rounded to float32 first, and without shift.
+    given = [inputs["add_noise_x0"], inputs["add_noise_noise"]]
+    table = table_of(config, default_shift=1.0).float()
+    for name, function in (("add_noise", diffuse), ("velocity", velocity_target)):
+        compare(name, function(*given, table, inputs["add_noise_t"]), atol=float(stated[1]))
+
+
+def sampler(case: Case, compare: Comparison) -> None:
+    inputs = case.group("in/")
+    steps = steps_of(case.meta["config"], case.meta["steps"])
+    compare.equal("timesteps", [step.timestep for step in steps], inputs["timesteps"].tolist())
+    draws = inputs["noise_draws_used_after_step"].tolist()
+    compare.equal("noise drawn", [sum(step.draws for step in steps[: i + 1]) for i in range(len(steps))], draws)
+    for solver in ("ddim", "dpm"):
+        x, last_clean = inputs["x_init"], None
+        samples, cleans = [], []
+        for step, velocity, count in zip(steps, inputs["model_outputs"], draws, strict=True):
+            if solver == "ddim":
+                x, last_clean = diffusion.ddim_step(x, velocity, step)
+            else:
+                x, last_clean = diffusion.dpm_step(x, velocity, step, inputs["noise_draws"][count - 1], last_clean)
+            samples.append(x)
+            cleans.append(last_clean)
+        compare(f"{solver}_samples", torch.stack(samples))
+        compare(f"{solver}_pred_x0", torch.stack(cleans))
+
+
+def dynamic_guidance(case: Case, compare: Comparison) -> None:
+    scales = re.search(r"guidance (\S+) for (\d+) steps; (\S+) for the shorter", case.meta["call"])
+    assert scales is not None
+    for name, stored in compare.expected.items():
+        count = len(stored)
+        scale = float(scales[1] if count == int(scales[2]) else scales[3])
+        by_index = name.startswith("dyncfg_stepindex")
+        places = range(count, 0, -1) if by_index else diffusion.spaced_timesteps(count)
+        values = [diffusion.dynamic_guidance_scale(scale, place, count) for place in places]
+        compare(name, torch.tensor(values, dtype=torch.float64))
+
+
+def train_loss(case: Case, compare: Comparison) -> None:
+    inputs = case.group("in/")
+    model = transformer(case.meta["config"], case.group("w/"))
+    table = diffusion.cogvideox_alphas_cumprod(case.meta["snr_shift_scale"])
+    latents, noise, timesteps = swap(inputs["x0"]), swap(inputs["noise"]), inputs["timestep"]
+    rotary = described_rotation(case.meta["rope"], model.config.attention_head_dim) if case.meta.get("rope") else None
+    options = {"ofs": inputs["ofs"]} if "ofs" in inputs else {}
+    seen: dict[str, Tensor] = {}
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        seen["noised"] = x
+        seen["velocity"] = model(x, timestep, inputs["encoder_hidden_states"], rotary=rotary, **options)
+        return seen["velocity"]
+
+    losses = diffusion.cogvideox_losses(velocity, latents, alphas_cumprod=table, timesteps=timesteps, noise=noise)
+    losses.mean().backward()
+    compare("alphas_cumprod_at_t", table[timesteps], inputs["alphas_cumprod_at_t"])
+    compare("noised", swap(seen["noised"]))
+    compare("model_output_v", swap(seen["velocity"]))
+    compare("loss_per_sample", losses)
+    compare("loss", losses.mean().reshape(1))
+    plain = (seen["velocity"] - velocity_target(latents, noise, table, timesteps)).square().mean()
+    compare("loss_plain_v_mse", plain.reshape(1))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name in case.group("out/grad/"):
+        compare(f"grad/{name}", gradients[name])
+
+
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "dynamic_guidance": dynamic_guidance,
     "rope": rope,
+    "sampler": sampler,
     "sat_transformer_forward": sat_transformer_forward,
     "sat_vae": sat_vae,
+    "schedule": schedule,
+    "train_loss": train_loss,
     "transformer_forward": transformer_forward,
     "vae": vae,
     "vae_blocks": vae_blocks,
 }
 NOT_BUILT = {
-    "schedule",
-    "sampler",
     "sat_sampler",
     "image_latents",
-    "dynamic_guidance",
-    "train_loss",
     "pipeline",
     "checkpoint_convert",
 }

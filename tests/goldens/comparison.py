@@ -77,12 +77,15 @@ class Comparison:
         self.unused = set(self.expected)
         self.worst = Worst(f"{case.system}/{case.name}", str(case.meta["kind"]))
 
-    def __call__(self, name: str, ours: Any, wanted: Any = None, *, part: str | None = None) -> None:
+    def __call__(
+        self, name: str, ours: Any, wanted: Any = None, *, part: str | None = None, atol: float | None = None
+    ) -> None:
         """``abs(ours - wanted) <= atol + rtol * abs(wanted)``; ``wanted`` defaults to the stored ``out/<name>``.
 
-        ``part`` names the tolerance where the case states several.
+        ``part`` names the tolerance where the case states several; ``atol`` is one that it states in words.
         """
-        atol, rtol = (self.atol, self.rtol) if part is None else self.case.tolerance(part)
+        stated, rtol = (self.atol, self.rtol) if part is None else self.case.tolerance(part)
+        atol = stated if atol is None else atol
         if wanted is None:
             wanted = self.expected[name]
             self.unused.discard(name)

@@ -118,8 +118,8 @@ def inference_condition(
         if clips is None:
             continue
         if not clips or any((len(c), *c.shape[2:]) != (channels, height, width) for c in clips):
-            wanted, got = f"({channels}, frames, {height}, {width})", [tuple(c.shape) for c in clips]
-            raise ValueError(f"inference_condition: references of sample {index} must be {wanted}, got {got}")
+            wanted, shapes = f"({channels}, frames, {height}, {width})", [tuple(c.shape) for c in clips]
+            raise ValueError(f"inference_condition: references of sample {index} must be {wanted}, got {shapes}")
         for place, values in placements(cond_type, clips, frames, causal):
             mask[index, :, place] = 1
             masked[index, :, place] = values.to(masked)

@@ -365,10 +365,120 @@ def train_loss(case: Case, compare: Comparison) -> None:
         compare(f"grad/{name}", gradients[name])
 
 
+def sat_sampler(case: Case, compare: Comparison) -> None:
+    inputs, count, shift = case.group("in/"), case.meta["steps"], case.meta["shift_scale"]
+    stated = re.search(r"DynamicCFG scale (\S+) exp 5 num_steps=steps", case.meta["call"])
+    assert stated is not None
+    steps = diffusion.sat_steps(count, shift)
+    context = inputs["context"]
+
+    def network(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        mixed = torch.einsum("bcthw,cd->bdthw", x.tanh(), inputs["A"])
+        shape = (-1, 1, 1, 1, 1)
+        return mixed * (1 + timestep.float() / 1000).view(shape) + context.mean((1, 2)).view(shape)
+
+    for name in list(compare.expected):
+        if found := re.fullmatch(r"alphas_cumprod_sqrt_(\d+)", name):
+            levels = [step.level for step in diffusion.sat_steps(int(found[1]), shift)]
+            compare(name, torch.tensor(levels, dtype=torch.float64).sqrt())
+        elif found := re.fullmatch(r"timesteps_ascending_(\d+)", name):
+            compare(name, torch.tensor([step.timestep for step in reversed(diffusion.sat_steps(int(found[1]), shift))]))
+    compare("c_noise_sequence", torch.tensor([float(step.timestep) for step in steps]))
+    for name, solver in (("ddim", "ddim"), ("dpmpp2m_sde", "dpm")):
+        draws = iter(inputs["noise_draws"])
+        final = diffusion.sample_discrete(
+            network,
+            swap(inputs["x"]),
+            steps,
+            {"context": context},
+            negative_conditioning={"context": torch.zeros_like(context)},
+            solver=solver,
+            guidance_scale=float(stated[1]),
+            dynamic_guidance=True,
+            draw=lambda draws=draws: swap(next(draws)),  # type: ignore[misc]
+        )
+        compare(name, swap(final))
+        if solver == "dpm":
+            compare.equal("noise left over", len([*draws]), 0)
+
+
+@torch.no_grad()
+def image_latents(case: Case, compare: Comparison) -> None:
+    model, inputs = autoencoder(case.meta["vae"], case.group("w/vae.")), case.group("in/")
+    frames = compare.expected["image_latents"].shape[1]
+    compare("image_latents", swap(encode_image(model, inputs["image_minus1to1"], frames, None)))
+
+
+def encode_image(vae: Any, image: Tensor, frames: int, patch_size_t: int | None) -> Tensor:
+    mean, _ = vae.encode_moments(image.unsqueeze(2)).chunk(2, 1)
+    return diffusion.image_latents(vae.normalize_image(mean), frames, patch_size_t=patch_size_t)
+
+
+@torch.no_grad()
+def pipeline(case: Case, compare: Comparison) -> None:
+    meta, inputs = case.meta, case.group("in/")
+    model = transformer(meta["transformer"], case.group("w/transformer."))
+    vae = autoencoder(meta["vae"], case.group("w/vae."))
+    stated = {name: float(value) for name, value in re.findall(r"\b(frames|steps|guidance) ([\d.]+)", meta["call"])}
+    if "frames" not in stated:
+        found = re.search(r"(\d+) frames", meta["call"])
+        assert found is not None
+        stated["frames"] = float(found[1])
+    stochastic, patch_size_t = "dpm_noise_draws" in inputs, model.config.patch_size_t
+    frames, padding = diffusion.latent_frames(int(stated["frames"]), patch_size_t=patch_size_t)
+    if "steps" in stated:
+        steps = steps_of(meta["scheduler"], int(stated["steps"]))
+    else:  # the draws tell
+        lists = (steps_of(meta["scheduler"], count) for count in range(1, 1001))
+        steps = next(found for found in lists if sum(s.draws for s in found) == len(inputs["dpm_noise_draws"]))
+
+    text = {"encoder_hidden_states": inputs["prompt_embeds"]}
+    negative = {"encoder_hidden_states": inputs["negative_prompt_embeds"]}
+    if "image_0to1" in inputs:
+        image = inputs["image_0to1"] * 2 - 1
+        compare("image_minus1to1", image)
+        image_latent = encode_image(vae, image, frames, patch_size_t)
+        compare("image_latents", swap(image_latent))
+        unpadded = frames - padding
+        compare(
+            f"image_latents_unpadded_{int(stated['frames'])}frames",
+            swap(encode_image(vae, image, unpadded, patch_size_t)),
+        )
+        text["image"] = negative["image"] = image_latent
+
+    def velocity(x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, image: Tensor | None = None) -> Tensor:
+        return model(x if image is None else torch.cat([x, image], 1), timestep, encoder_hidden_states)
+
+    def sampled(dynamic: bool) -> Tensor:
+        draws = iter(inputs.get("dpm_noise_draws", ()))
+        return diffusion.sample_discrete(
+            velocity,
+            swap(inputs["latents"]),
+            steps,
+            text,
+            negative_conditioning=negative,
+            solver="dpm" if stochastic else "ddim",
+            guidance_scale=stated.get("guidance", 6.0),
+            dynamic_guidance=dynamic,
+            draw=lambda: swap(next(draws)),
+        )
+
+    for name in list(compare.expected):
+        if name.startswith("latents"):
+            latents = sampled(dynamic=name == "latents_dynamic_cfg")
+            compare(name, swap(latents))
+        elif name.startswith("video"):
+            video = vae.decode(sampled(dynamic=name == "video_dynamic_cfg")[:, :, padding:])
+            compare(name, video if name == "video_raw" else swap((video / 2 + 0.5).clamp(0, 1)))
+
+
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "dynamic_guidance": dynamic_guidance,
+    "image_latents": image_latents,
+    "pipeline": pipeline,
     "rope": rope,
     "sampler": sampler,
+    "sat_sampler": sat_sampler,
     "sat_transformer_forward": sat_transformer_forward,
     "sat_vae": sat_vae,
     "schedule": schedule,
@@ -378,8 +488,5 @@ RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "vae_blocks": vae_blocks,
 }
 NOT_BUILT = {
-    "sat_sampler",
-    "image_latents",
-    "pipeline",
     "checkpoint_convert",
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frames of a video are given and which are generated, and how a model is told (Open-Sora Plan v1.3, i2v).
 
-Masks are 1 where a frame is to be generated and 0 where it is given. Behind its noisy latent the model sees the latent of
-the video with generated frames blackened, and the mask at the latent's size, with one channel for each frame that a
+Masks are 1 where a frame is to be generated and 0 where it is given. Behind its noisy latent the model sees the latent
+of the video with generated frames blackened, and the mask at the latent's size, with one channel for each frame that a
 latent frame stands for.
 """
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from .hf import SHOWN, paragraph, with_nearest
 from .lazy import Lazy, State, chunk, join
@@ -105,6 +105,7 @@ class Layout:
         alternatives: groups of which one must be there.
         ignored: shell patterns of names, in theirs, that a checkpoint may hold and nothing is made of.
         suspicion: given all shapes, in theirs or ours, says in words what must be missing though each part fits.
+        refusal: given our configuration, says in words why the other system cannot have such a model.
     """
 
     model: str
@@ -117,6 +118,7 @@ class Layout:
     alternatives: tuple[tuple[str, ...], ...] = ()
     ignored: tuple[str, ...] = ()
     suspicion: Callable[[Mapping[str, tuple[int, ...]]], str | None] = field(default=lambda shapes: None)
+    refusal: Callable[[Any], str | None] = field(default=lambda config: None)
 
     @cached_property
     def _patterns(self) -> dict[Naming, dict[str, tuple[Row, int, str]]]:

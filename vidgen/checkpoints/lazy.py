@@ -228,7 +228,8 @@ def values(tensor: Lazy, name: str) -> memoryview:
     if tuple(loaded.shape) != tensor.shape or loaded.dtype != tensor.dtype:
         raise ValueError(f"{name} was {tensor.shape} of {tensor.dtype}, is {tuple(loaded.shape)} of {loaded.dtype}")
     flat = loaded.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    bytes_: Any = flat.numpy()  # an array is a buffer, which its type does not say
+    return memoryview(bytes_)
 
 
 def write_safetensors(path: Path, state: Mapping[str, Lazy]) -> None:
@@ -307,5 +308,5 @@ class _Pickler(pickle.Pickler):
         strides = [math.prod(s or 1 for s in value.shape[i + 1 :]) for i in range(len(value.shape))]
         storage = _Storage(len(self.tensors), value.dtype, math.prod(value.shape))
         self.tensors.append(value)
-        arguments = (storage, 0, value.shape, tuple(strides), False, collections.OrderedDict())
+        arguments: tuple[Any, ...] = (storage, 0, value.shape, tuple(strides), False, collections.OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from vidgen.checkpoints.layout import Layout, Part, Row, Split, linear, renamed, tensor
+from vidgen.checkpoints.lazy import State
 
 from .checkpoint import BLOCK_MODULES, BLOCK_PARTS, MODULES, NOT_WEIGHTS, PREFIX, TABLE
 
@@ -96,10 +97,18 @@ SAT = renamed(MINDSPEED_MM, _sat_name, tensor_parallel=False, blocks="", ignored
 SAT_LORA = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d)")
 
 
-def rename_sat_lora(name: str) -> str:
-    """SAT's name of half an adapter (without its prefix) as ours; other names stay."""
+def rename_adapter(name: str) -> str:
+    """SAT's and diffusers' names of half an adapter as ours; other names stay."""
     if (found := SAT_LORA.fullmatch(name)) is None:
-        return name
+        return name.removeprefix("transformer.") if name.startswith(f"transformer.{OURS[:-2]}") else name
     block, layer, half, number = found.groups()
     target = f"to_{'qkv'[int(number)]}" if layer == "query_key_value" else "to_out.0"
     return f"transformer_blocks.{block}.attn1.{target}.lora_{half}.weight"
+
+
+def without_computed(state: State) -> State:
+    """2B's table of positions, which SAT stores, is computed here. Its rows of text are zeros; learned ones are not."""
+    table = state.get(TABLE[1])
+    if table is None or bool(table.load()[0, 0].any()):
+        return dict(state)
+    return {name: value for name, value in state.items() if name != TABLE[1]}

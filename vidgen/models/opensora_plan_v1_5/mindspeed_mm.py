@@ -7,7 +7,7 @@ pipeline stages. With more than one rank both keep text outputs in the last bloc
 
 from __future__ import annotations
 
-from vidgen.checkpoints.layout import Layout, Row, linear, renamed, tensor
+from vidgen.checkpoints.layout import Layout, Row, Split, linear, renamed, tensor
 
 from .checkpoint import MINDSPEED_MM_LAYERS
 
@@ -15,12 +15,12 @@ BLOCK = "transformer_blocks.#.#"
 THEIRS = {ours: theirs for theirs, ours in MINDSPEED_MM_LAYERS.items()}
 
 
-def _same(name: str, shape: str, split: str = "replicated", group: str = "", **options: bool) -> list[Row]:
-    return linear(name, name, shape, split, group, **options)  # type: ignore[arg-type]
+def _same(name: str, shape: str, split: Split = "replicated", group: str = "", not_in_last: bool = False) -> list[Row]:
+    return linear(name, name, shape, split, group, not_in_last=not_in_last)
 
 
-def _norm(name: str, group: str = "", **options: bool) -> list[Row]:
-    return linear(name, name, "d", bias="layer_norm" + group, group=group, **options)
+def _norm(name: str, group: str = "", not_in_last: bool = False) -> list[Row]:
+    return linear(name, name, "d", bias="layer_norm" + group, group=group, not_in_last=not_in_last)
 
 
 def _attention() -> list[Row]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from vidgen.checkpoints.layout import Layout, Row, linear, tensor
 
+from .config import MMDiTConfig
+
 
 def _same(name: str, shape: str, group: str = "") -> list[Row]:
     return linear(name, name, shape, group=group)
@@ -61,9 +63,20 @@ _ROWS = [
     *_same("final_layer.adaLN_modulation.1", "2d d"),
 ]
 
+
+def _refusal(config: MMDiTConfig) -> str | None:
+    if config.fused_qkv or not config.use_liger_rope:
+        return (
+            "MindSpeed-MM has separate projections and rotates the halves of a head (fused_qkv False, use_liger_rope "
+            f"True), got {config.fused_qkv} and {config.use_liger_rope}; convert with to_release_layout first"
+        )
+    return None
+
+
 MINDSPEED_MM = Layout(
     model="Open-Sora 2.0",
     rows=tuple(_ROWS),
     tensor_parallel=False,
     alternatives=(("separate", "fused"),),
+    refusal=_refusal,
 )

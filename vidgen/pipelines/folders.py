@@ -24,11 +24,20 @@ PARTS = ("transformer", "vae", "t5", "clip")
 LAYOUT = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "text_encoder_2"}
 TOKENIZERS = {"t5": "tokenizer", "clip": "tokenizer_2"}
 # The class of the transformer, as its config.json names it, and the system that it belongs to.
-CLASSES = {"SparseUMMDiT": "opensora_plan_v1_5"}
+CLASSES = {
+    "OpenSoraT2V_v1_3": "opensora_plan_v1_3",
+    "OpenSoraInpaint_v1_3": "opensora_plan_v1_3",
+    "SparseUMMDiT": "opensora_plan_v1_5",
+    "MMDiT": "opensora_v2",
+    "CogVideoXTransformer3DModel": "cogvideox",
+}
 # The parts beside the transformer that a system needs.
-NEEDED = {"opensora_plan_v1_5": ("vae", "t5", "clip")}
-# What differs from the defaults of `Parts`.
-RELEASED: dict[str, dict[str, Any]] = {}
+NEEDED = {
+    "opensora_plan_v1_3": ("vae", "t5"),
+    "opensora_plan_v1_5": ("vae", "t5", "clip"),
+    "opensora_v2": ("vae", "t5", "clip"),
+    "cogvideox": ("vae", "t5"),
+}
 
 
 @dataclass
@@ -95,7 +104,21 @@ def released(transformer: Path) -> Parts:
     name = values.get("_class_name") if isinstance(values, dict) else None
     if name not in CLASSES:
         raise ValueError(f"model: {transformer / 'config.json'}: wanted _class_name {', '.join(CLASSES)}, got {name!r}")
-    return Parts(transformer, system=CLASSES[name], **RELEASED.get(CLASSES[name], {}))
+    parts = Parts(transformer, system=CLASSES[name])
+    if parts.system == "opensora_plan_v1_3":
+        prefix, fps = "high quality, high aesthetic, ", 16.0 if name == "OpenSoraT2V_v1_3" else 18.0
+        return replace(parts, num_frames=93, height=352, width=640, fps=fps, prompt_prefix=prefix)
+    if parts.system == "opensora_v2":
+        return replace(parts, num_frames=129, height=192, width=336, prompt_prefix="")
+    if parts.system == "cogvideox":
+        tokens = values.get("max_text_seq_length", 226)
+        parts = replace(parts, t5_max_length=tokens, prompt_prefix="")
+        if values.get("patch_size_t") is not None:  # 1.5 takes any size; its sample_height and sample_width bound it
+            return replace(parts, num_frames=81, height=768, width=1360, fps=16.0)
+        cells = values.get("sample_height", 60), values.get("sample_width", 90)
+        frames = values.get("sample_frames", 49)
+        return replace(parts, num_frames=frames, height=8 * cells[0], width=8 * cells[1], fps=8.0)
+    return parts
 
 
 def _read(folder: Path) -> Parts:

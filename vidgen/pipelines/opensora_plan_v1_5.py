@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,10 @@ def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
     factor, side = WFVAE.frames_per_latent, WFVAE.pixels_per_latent
     return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
+
+
+def kind(job: Job, request: Request) -> str:
+    return "t2v"
 
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
@@ -67,12 +70,18 @@ def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> 
     return SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
 
+def conditioned(job: Job, request: Request) -> bool:
+    """Whether the request has conditions that the VAE must encode."""
+    return False
+
+
 def sample_latents(
     transformer: SparseUMMDiT,
     job: Job,
+    kind: str,
     positive: dict[str, Tensor],
     negative: dict[str, Tensor],
-    conditions: dict[str, Any],
+    given: dict[str, Tensor],
     seeds: Sequence[int],
 ) -> Tensor:
     """Latents ``(batch, channels, frames, height, width)`` of a batch of texts.

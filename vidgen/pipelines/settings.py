@@ -26,7 +26,7 @@ class SampleSettings:
         precision: of transformer and VAE, "fp32" or "bf16".
         vae, t5, clip: folders to use instead of the model's own; ``t5`` is the mT5 of Open-Sora Plan 1.3.
         batch_size: requests that pass the transformer together; a video does not depend on it.
-        tile_size: side of the spatial tiles of the VAE's decoder in pixels; None decodes whole frames.
+        tile_size: side of the spatial tiles of the VAE's decoder in pixels; None decodes as the VAE's folder says.
         steps: of the sampler.
         guidance: classifier-free guidance, none at 1.
         negative_prompt: what the guidance leads away from.
@@ -40,6 +40,8 @@ class SampleSettings:
         text_oscillation, image_oscillation, temporal_oscillation: weaken the guidance at every second step, and over
             the frames.
         image_model: folder of a text-to-image model that makes the reference.
+        tile_frames: videos of more frames than this are decoded in tiles of time, where the VAE cannot decode a
+            stream; 0 decodes as the VAE's folder says.
         noise_strength: of the noise that is put on the references.
         refiner: folder of a language model that rewrites the prompts.
     """
@@ -70,6 +72,7 @@ class SampleSettings:
     image_oscillation: bool | None = None
     temporal_oscillation: bool | None = None
     image_model: Path | None = None
+    tile_frames: int | None = None
     noise_strength: float | None = None
     refiner: Path | None = None
 

@@ -5,7 +5,8 @@ Only one kind of model is in memory at a time: first the text encoders, then the
 the transformer, then the VAE again, whose frames go into the video file as they are decoded. How each of these works
 is said in the module of the system; it has the functions
 
-    latent_shape, problems, texts       what fits and what is encoded
+    latent_shape, kind, problems        what is asked for, and whether it fits
+    texts, conditioned                  what must be encoded
     load_encoders, encode_text          one text to tensors
     load_vae, conditions, decode        references to tensors, a latent to frames
     load_transformer, sample_latents    a batch of texts and conditions to latents
@@ -29,14 +30,19 @@ from vidgen.data.transforms import to_frames
 from vidgen.data.video import contact_sheet, write_video
 from vidgen.io import write_json
 
-from . import opensora_plan_v1_5
+from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
 from .folders import find_parts
 from .prompts import read_prompts
 from .settings import COMMON, Job, Request, SampleSettings, fill_in, plain
 
 __all__ = ["SYSTEMS", "Request", "SampleSettings", "describe_sample", "read_prompts", "sample_videos"]
 
-SYSTEMS: dict[str, Any] = {"opensora_plan_v1_5": opensora_plan_v1_5}
+SYSTEMS: dict[str, Any] = {
+    "opensora_plan_v1_3": opensora_plan_v1_3,
+    "opensora_plan_v1_5": opensora_plan_v1_5,
+    "opensora_v2": opensora_v2,
+    "cogvideox": cogvideox,
+}
 SHEET_FRAMES = 9  # of a video on its contact sheet
 
 
@@ -81,7 +87,8 @@ def sample_videos(
     texts = [system.texts(job, request) for request in requests]
     embeddings = encode_texts(job, [text for pair in texts for text in pair])
     conditions = encode_references(job, requests)
-    latents, seconds = sample_all(job, texts, embeddings, conditions)
+    kinds = [system.kind(job, request) for request in requests]
+    latents, seconds = sample_all(job, kinds, texts, embeddings, conditions)
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -135,36 +142,42 @@ def encode_texts(job: Job, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]
 
 @torch.no_grad()
 def encode_references(job: Job, requests: Sequence[Request]) -> list[dict[str, Tensor]]:
-    """The conditions of each request, empty where it has no references."""
-    if not any(request.references for request in requests):
-        return [{} for _ in requests]
+    """The conditions of each request, empty where it has none."""
     system = SYSTEMS[job.parts.system]
+    if not any(system.conditioned(job, request) for request in requests):
+        return [{} for _ in requests]
     vae = system.load_vae(job.parts, job.dtype, job.device)
     seeds = range(job.settings.seed, job.settings.seed + len(requests))
-    pairs = zip(requests, seeds, strict=True)
-    return [system.conditions(vae, job, request, seed) if request.references else {} for request, seed in pairs]
+    return [
+        system.conditions(vae, job, request, seed) if system.conditioned(job, request) else {}
+        for request, seed in zip(requests, seeds, strict=True)
+    ]
 
 
 @torch.no_grad()
 def sample_all(
     job: Job,
+    kinds: Sequence[str],
     texts: Sequence[tuple[str, str]],
     embeddings: dict[str, dict[str, Tensor]],
     conditions: Sequence[dict[str, Tensor]],
 ) -> tuple[list[Tensor], list[float]]:
-    """A latent ``(1, ...)`` on the CPU for each pair of texts, and the seconds that it took."""
+    """A latent ``(1, ...)`` on the CPU for each pair of texts, and the seconds that it took.
+
+    Neighbours of one kind pass the transformer together.
+    """
     system = SYSTEMS[job.parts.system]
     transformer = system.load_transformer(job.parts, job.dtype, job.device)
     latents: list[Tensor] = []
     seconds: list[float] = []
-    size = job.settings.batch_size
-    for start in range(0, len(texts), size):
+    while (start := len(latents)) < len(texts):
         began = time.monotonic()
-        batch = range(start, min(start + size, len(texts)))
+        stop = min(start + job.settings.batch_size, len(texts))
+        batch = [i for i in range(start, stop) if len({*kinds[start : i + 1]}) == 1]
         positive, negative = (concatenate([embeddings[texts[i][side]] for i in batch]) for side in (0, 1))
         given = concatenate([conditions[i] for i in batch])
         seeds = [job.settings.seed + i for i in batch]
-        result = system.sample_latents(transformer, job, positive, negative, given, seeds).cpu()
+        result = system.sample_latents(transformer, job, kinds[start], positive, negative, given, seeds).cpu()
         latents += result.split(1)
         seconds += [(time.monotonic() - began) / len(batch)] * len(batch)
     return latents, seconds

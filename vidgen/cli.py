@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(_verb(verbs, "train", _train, "train a VAE or a DiT from a recipe"))
     _add_sample(_verb(verbs, "sample", _sample, "prompts to videos"))
     _add_reconstruct(_verb(verbs, "reconstruct", _reconstruct, "send a clip through a VAE and back"))
+    _add_convert(_verb(verbs, "convert", _convert, "weights from one system's files to another's"))
     env = _verb(verbs, "env", _env, "versions, devices, and which kernels can run")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -84,21 +85,40 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
+    flag = argparse.BooleanOptionalAction
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="run, checkpoint, or model folder")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt per line")
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt or prompt@@image per line, or a csv")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="given, for all prompts"
+    )
+    parser.add_argument("--video", type=Path, action="append", default=[], metavar="FILE", help="the same")
+    parser.add_argument("--image-file", type=Path, metavar="FILE", help="on each line what is given for one prompt")
+    parser.add_argument("--condition", metavar="TYPE", help="which frames are given: i2v, transition, i2v_tail, ...")
+    parser.add_argument("--negative-prompt", metavar="TEXT")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default outputs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=8.0, help="1 is none (default 8)")
-    parser.add_argument("--guidance-rescale", type=float, default=0.7, metavar="R", help="default 0.7")
-    parser.add_argument("--shift", type=float, default=7.0, help="of the noise schedule (default 7)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next have the next ones")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float, help="1 is none")
+    for name in ("guidance-rescale", "image-guidance", "shift", "noise-strength"):
+        parser.add_argument(f"--{name}", type=float, metavar="X")
+    parser.add_argument("--sampler", help="ddim or dpm")
+    parser.add_argument("--dynamic-guidance", action=flag, help="guidance that follows the timestep")
+    parser.add_argument("--zero-negative", action=flag, help="zeros in the place of the negative prompt")
+    for name in ("text", "image", "temporal"):
+        parser.add_argument(f"--{name}-oscillation", action=flag, help="of the guidance")
     for name in ("frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, metavar="N", help="default: what the model was trained on")
     parser.add_argument("--fps", type=float, help="default: what the model was trained on")
+    parser.add_argument("--tile-size", type=int, metavar="N", help="decode in tiles of this many pixels")
+    parser.add_argument("--tile-frames", type=int, metavar="N", help="and of this many frames (Open-Sora 2.0)")
     for name, what in (("vae", "VAE"), ("t5", "T5 text encoder"), ("clip", "CLIP text encoder")):
         parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=f"{what}; default: the model's own")
+    parser.add_argument(
+        "--refine-prompts", type=Path, dest="refiner", metavar="FOLDER", help="language model that rewrites the prompts"
+    )
+    parser.add_argument("--image-model", type=Path, metavar="FOLDER", help="text-to-image model that makes the image")
     _add_common(parser)
 
 
@@ -112,6 +132,26 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="N", help="default: the clip's, cut to a multiple of 8")
     parser.add_argument("--fps", type=float, help="default: the clip's")
     _add_common(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "vidgen convert SOURCE TARGET --to FORMAT [options]"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="model folder, weights file, or training tree")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="what to write; must not exist")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="hf, safetensors, pt, sat, mindspeed-mm, ...")
+    parser.add_argument("--model", metavar="NAME", help="default: found from the names of tensors")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json; default: the one in SOURCE")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks of a tree (default 1)")
+    parser.add_argument("--pp", metavar="10,11,11,10", help="layers of each pipeline stage")
+    parser.add_argument("--vpp", metavar="4,4/4,4", help="the same with virtual stages: a row for each chunk")
+    average = "the running average instead of the weights (default: only of a VAE's training checkpoint)"
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=average)
+    parser.add_argument("--iteration", type=int, metavar="N", help="of a training tree (default: its newest)")
+    parser.add_argument("--lora", type=Path, metavar="PATH", help="add these adapters to the weights")
+    parser.add_argument("--lora-alpha", type=float, metavar="A", help="default: what their adapter_config.json says")
+    parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="default 5000000000")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the files, write nothing")
+    parser.epilog = "Formats, models and the same in other systems' commands: docs/conversion.md"
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -132,15 +172,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from vidgen.pipelines.text_to_video import SampleSettings, describe_sample, read_prompts, sample_videos
+    from vidgen.pipelines.prompts import read_references, read_requests, with_references
+    from vidgen.pipelines.text_to_video import Request, SampleSettings, describe_sample, sample_videos
 
-    prompts = [*options.prompt, *(read_prompts(options.prompt_file) if options.prompt_file else [])]
+    requests = [Request(prompt) for prompt in options.prompt]
+    requests += read_requests(options.prompt_file) if options.prompt_file else []
+    listed = read_references(options.image_file) if options.image_file else None
+    requests = with_references(requests, [*options.image, *options.video], listed)
     names = SampleSettings.__dataclass_fields__
     settings = SampleSettings(**{name: value for name, value in vars(options).items() if name in names})
     if options.dry_run:
-        _print(describe_sample(options.model, settings))
+        _print(describe_sample(options.model, settings, requests))
         return 0
-    for result in sample_videos(options.model, prompts, options.output, settings):
+    for result in sample_videos(options.model, requests, options.output, settings):
         print(result["video"])
     return 0
 
@@ -151,6 +195,16 @@ def _reconstruct(options: argparse.Namespace) -> int:
     names = ReconstructSettings.__dataclass_fields__
     settings = ReconstructSettings(**{name: value for name, value in vars(options).items() if name in names})
     _print(reconstruct(options.clip, options.vae, options.output, settings, dry_run=options.dry_run))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from vidgen.checkpoints.convert import convert, read_stages
+
+    names = ("to", "model", "config", "tp", "ema", "iteration", "lora", "lora_alpha", "max_shard_bytes", "dry_run")
+    stages = read_stages(options.pp, options.vpp)
+    given = {name: getattr(options, name) for name in names}
+    _print(convert(options.source, options.target, stages=stages, **given))
     return 0
 
 

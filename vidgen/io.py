@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,35 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', got {mode!r}")
     with atomic_path(path) as temporary, open(temporary, mode, encoding="utf-8" if mode == "w" else None) as file:
         yield file
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a new directory beside ``path``; when the block ends without an error it becomes ``path``, by one rename.
+
+    Every file and directory inside is fsynced first. If the block raises, all of it is removed. A killed process leaves
+    at most a hidden ``.NAME.*.tmp`` directory behind.
+
+    Raises FileExistsError if ``path`` exists, before or after.
+    """
+    final = Path(os.path.abspath(path))
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    if os.path.lexists(final):
+        raise FileExistsError(errno.EEXIST, "exists already", str(path))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                _fsync_file(Path(folder, name))
+            fsync_directory(folder)
+        if os.path.lexists(final):  # os.rename would replace an empty directory
+            raise FileExistsError(errno.EEXIST, "exists already", str(path))
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(final.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -6,6 +6,7 @@ Transformer tensors are stored as (batch, frames, channels, height, width); ours
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vidgen import config as loading
+from vidgen import diffusion
+from vidgen.diffusion.v_prediction import diffuse, scaled_linear_alphas_cumprod, shift_snr, velocity_target
 
 from .comparison import Case, Comparison
 
@@ -128,21 +131,362 @@ def sat_transformer_forward(case: Case, compare: Comparison) -> None:
         compare(f"to_sat: {key}", value, weights[key])
 
 
+def autoencoder(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    from vidgen.models.autoencoders.cogvideox_vae import AutoencoderKLCogVideoX, CogVideoXVAEConfig
+
+    vae = AutoencoderKLCogVideoX(loading.load(CogVideoXVAEConfig, config)).eval()
+    vae.load_state_dict(weights, strict=True)
+    return vae
+
+
+@torch.no_grad()
+def vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.causal import split_moments
+    from vidgen.models.autoencoders.cogvideox_vae import DiffusersTiling
+
+    model, inputs = autoencoder(case.meta["config"], case.group("w/")), case.group("in/")
+    tiling = None
+    if stated := case.meta.get("tiling"):
+        tiling = DiffusersTiling(
+            stated["tile_sample_min_height"],
+            stated["tile_sample_min_width"],
+            stated["tile_overlap_factor_height"],
+            stated["tile_overlap_factor_width"],
+        )
+    for name, value in inputs.items():
+        kind, _, suffix = name.partition("_")
+        suffix = f"_{suffix}" if suffix else ""
+        if kind == "video" and tiling is not None:
+            compare(f"moments{suffix}_tiled", model.encode_moments(value, diffusers_tiling=tiling))
+            compare(f"moments{suffix}_untiled", model.encode_moments(value))
+        elif kind == "video":
+            moments = model.encode_moments(value)
+            mean, logvar = split_moments(moments)
+            compare(f"moments{suffix}", moments)
+            compare(f"mode{suffix}", mean)
+            compare(f"std{suffix}", (logvar / 2).exp())
+            compare(f"encode{suffix}", model.encode(value), mean * model.config.scaling_factor)
+        elif kind == "latent":
+            name = f"video{suffix}_tiled" if tiling is not None else f"video{suffix}"
+            video = model.decode_unscaled(value, diffusers_tiling=tiling)
+            compare(name, video)
+            if tiling is None:
+                streamed = torch.cat([*model.decode_stream(model.normalize(value))], 2)
+                compare(f"{name}, streamed", streamed, video)
+        else:
+            raise AssertionError(f"{name}: unknown input")
+    if "first_chunk_video" in compare.expected:
+        first_chunk(model, inputs["latent"], compare)
+
+
+def first_chunk(model: Any, latent: Tensor, compare: Comparison) -> None:
+    """The first batch of frames of a longer video, and what the convolutions keep of it."""
+    from vidgen.models.autoencoders.cogvideox_vae_batches import frame_batches
+    from vidgen.models.autoencoders.streaming import Stream
+
+    stream = Stream()
+    stream.last = False
+    _, stop = frame_batches(latent.shape[2], 2)[0]
+    (video,) = model.decoder(latent[:, :, :stop], stream)
+    compare("first_chunk_video", video)
+    compare("first_chunk_cache_conv_in", stream.recall(model.decoder.conv_in))
+    compare("first_chunk_cache_mid_resnet0_conv1", stream.recall(model.decoder.mid_block.resnets[0].conv1))
+
+
+@torch.no_grad()
+def vae_blocks(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.cogvideox_vae_layers import Downsample, SpatialNorm, Upsample
+    from vidgen.models.autoencoders.layers import CausalConv3d
+    from vidgen.models.autoencoders.streaming import Stream
+
+    weights, inputs = case.group("w/"), case.group("in/")
+
+    def filled(module: Any, name: str) -> Any:
+        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
+        return module
+
+    kernel = weights["causal_conv.conv.weight"]
+    conv = filled(CausalConv3d(kernel.shape[1], kernel.shape[0], 3, padding=1), "causal_conv")
+    x, stream = inputs["causal_x"], Stream()
+    stream.last = False
+    compare("causal_full", conv(x, Stream()))
+    compare("causal_chunk1", conv(x[:, :, :3], stream))
+    compare("causal_cache1", stream.recall(conv))
+    compare("causal_chunk2", conv(x[:, :, 3:], stream))
+
+    width, latent_width = weights["spatial_norm.conv_y.conv.weight"].shape[:2]
+    groups = re.search(r"groups=(\d+)", case.meta["call"])
+    assert groups is not None
+    norm = filled(SpatialNorm(width, latent_width, int(groups[1])), "spatial_norm")
+    channels = weights["down.conv.weight"].shape[0]
+    down, up = filled(Downsample(channels, True), "down"), filled(Upsample(channels, True), "up")
+    for name, value in inputs.items():
+        kind, _, count = name.rpartition("_")
+        if kind == "sn_f":
+            compare(f"sn_{count}", norm(value, inputs[f"sn_zq_{count}"]))
+        elif kind == "resample":
+            compare(f"down_{count}", down(value, Stream()))
+            compare(f"up_{count}", up(value, Stream()))
+
+
+@torch.no_grad()
+def sat_vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.cogvideox_vae_checkpoint import convert_state_dict, to_sat
+
+    original, weights, inputs = case.meta["config"], case.group("w/"), case.group("in/")
+    widths = [original["ch"] * factor for factor in original["ch_mult"]]
+    config = {
+        "in_channels": original["in_channels"],
+        "out_channels": original["out_ch"],
+        "block_out_channels": widths,
+        "down_block_types": ["CogVideoXDownBlock3D"] * len(widths),
+        "up_block_types": ["CogVideoXUpBlock3D"] * len(widths),
+        "latent_channels": original["z_channels"],
+        "layers_per_block": original["num_res_blocks"],
+        "norm_num_groups": int(case.meta["norm_groups"].split()[0]),
+    }
+    ours = convert_state_dict({"state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1)}})
+    model = autoencoder(config, ours)
+    for name, value in inputs.items():
+        kind, _, suffix = name.partition("_")
+        suffix = f"_{suffix}" if suffix else ""
+        if kind == "video":
+            compare(f"moments{suffix}", model.encode_moments(value, chunk_frames=None))
+        else:
+            compare(f"video{suffix}", model.decode_unscaled(value))
+    again = to_sat(model.state_dict())
+    compare.equal("names of SAT", sorted(again), sorted(weights))
+    for key, value in again.items():
+        compare(f"to_sat: {key}", value, weights[key])
+
+
+def table_of(config: dict[str, Any], default_shift: float = 3.0) -> Tensor:
+    """The levels of a scheduler's configuration."""
+    wanted = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+    }
+    if different := {name: config[name] for name, value in wanted.items() if config.get(name, value) != value}:
+        raise AssertionError(f"scheduler: unknown settings {different}")
+    shift, count = config.get("snr_shift_scale", default_shift), config.get("num_train_timesteps", 1000)
+    if config.get("rescale_betas_zero_snr"):
+        return diffusion.cogvideox_alphas_cumprod(shift, count)
+    return shift_snr(scaled_linear_alphas_cumprod(count), shift)
+
+
+def steps_of(config: dict[str, Any], num_steps: int) -> list[diffusion.Step]:
+    table = table_of(config)
+    return diffusion.diffusers_steps(
+        num_steps,
+        table,
+        spacing=config["timestep_spacing"],
+        offset=config.get("steps_offset", 0),
+        final_level=1.0 if config.get("set_alpha_to_one", True) else float(table[0]),
+    )
+
+
+def schedule(case: Case, compare: Comparison) -> None:
+    config, inputs = case.meta["config"], case.group("in/")
+    for name in list(compare.expected):
+        if found := re.fullmatch(r"alphas_cumprod_shift([\d.]+)", name):
+            compare(name, table_of({**config, "snr_shift_scale": float(found[1])}))
+        elif found := re.fullmatch(r"timesteps_(\w+)_(\d+)", name):
+            offset = config.get("steps_offset", 0)
+            compare(name, torch.tensor(diffusion.spaced_timesteps(int(found[2]), found[1], offset=offset)))
+    stated = re.search(r"float32 others ([\d.e-]+)", case.meta["tolerance"]["dtype"])
+    assert stated is not None
+    # The stored noisy samples were made with the table rounded to float32 first, and without shift.
+    given = [inputs["add_noise_x0"], inputs["add_noise_noise"]]
+    table = table_of(config, default_shift=1.0).float()
+    for name, function in (("add_noise", diffuse), ("velocity", velocity_target)):
+        compare(name, function(*given, table, inputs["add_noise_t"]), atol=float(stated[1]))
+
+
+def sampler(case: Case, compare: Comparison) -> None:
+    inputs = case.group("in/")
+    steps = steps_of(case.meta["config"], case.meta["steps"])
+    compare.equal("timesteps", [step.timestep for step in steps], inputs["timesteps"].tolist())
+    draws = inputs["noise_draws_used_after_step"].tolist()
+    compare.equal("noise drawn", [sum(step.draws for step in steps[: i + 1]) for i in range(len(steps))], draws)
+    for solver in ("ddim", "dpm"):
+        x, last_clean = inputs["x_init"], None
+        samples, cleans = [], []
+        for step, velocity, count in zip(steps, inputs["model_outputs"], draws, strict=True):
+            if solver == "ddim":
+                x, last_clean = diffusion.ddim_step(x, velocity, step)
+            else:
+                x, last_clean = diffusion.dpm_step(x, velocity, step, inputs["noise_draws"][count - 1], last_clean)
+            samples.append(x)
+            cleans.append(last_clean)
+        compare(f"{solver}_samples", torch.stack(samples))
+        compare(f"{solver}_pred_x0", torch.stack(cleans))
+
+
+def dynamic_guidance(case: Case, compare: Comparison) -> None:
+    scales = re.search(r"guidance (\S+) for (\d+) steps; (\S+) for the shorter", case.meta["call"])
+    assert scales is not None
+    for name, stored in compare.expected.items():
+        count = len(stored)
+        scale = float(scales[1] if count == int(scales[2]) else scales[3])
+        by_index = name.startswith("dyncfg_stepindex")
+        places = range(count, 0, -1) if by_index else diffusion.spaced_timesteps(count)
+        values = [diffusion.dynamic_guidance_scale(scale, place, count) for place in places]
+        compare(name, torch.tensor(values, dtype=torch.float64))
+
+
+def train_loss(case: Case, compare: Comparison) -> None:
+    inputs = case.group("in/")
+    model = transformer(case.meta["config"], case.group("w/"))
+    table = diffusion.cogvideox_alphas_cumprod(case.meta["snr_shift_scale"])
+    latents, noise, timesteps = swap(inputs["x0"]), swap(inputs["noise"]), inputs["timestep"]
+    rotary = described_rotation(case.meta["rope"], model.config.attention_head_dim) if case.meta.get("rope") else None
+    options = {"ofs": inputs["ofs"]} if "ofs" in inputs else {}
+    seen: dict[str, Tensor] = {}
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        seen["noised"] = x
+        seen["velocity"] = model(x, timestep, inputs["encoder_hidden_states"], rotary=rotary, **options)
+        return seen["velocity"]
+
+    losses = diffusion.cogvideox_losses(velocity, latents, alphas_cumprod=table, timesteps=timesteps, noise=noise)
+    losses.mean().backward()
+    compare("alphas_cumprod_at_t", table[timesteps], inputs["alphas_cumprod_at_t"])
+    compare("noised", swap(seen["noised"]))
+    compare("model_output_v", swap(seen["velocity"]))
+    compare("loss_per_sample", losses)
+    compare("loss", losses.mean().reshape(1))
+    plain = (seen["velocity"] - velocity_target(latents, noise, table, timesteps)).square().mean()
+    compare("loss_plain_v_mse", plain.reshape(1))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name in case.group("out/grad/"):
+        compare(f"grad/{name}", gradients[name])
+
+
+def sat_sampler(case: Case, compare: Comparison) -> None:
+    inputs, count, shift = case.group("in/"), case.meta["steps"], case.meta["shift_scale"]
+    stated = re.search(r"DynamicCFG scale (\S+) exp 5 num_steps=steps", case.meta["call"])
+    assert stated is not None
+    steps = diffusion.sat_steps(count, shift)
+    context = inputs["context"]
+
+    def network(x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        mixed = torch.einsum("bcthw,cd->bdthw", x.tanh(), inputs["A"])
+        shape = (-1, 1, 1, 1, 1)
+        return mixed * (1 + timestep.float() / 1000).view(shape) + context.mean((1, 2)).view(shape)
+
+    for name in list(compare.expected):
+        if found := re.fullmatch(r"alphas_cumprod_sqrt_(\d+)", name):
+            levels = [step.level for step in diffusion.sat_steps(int(found[1]), shift)]
+            compare(name, torch.tensor(levels, dtype=torch.float64).sqrt())
+        elif found := re.fullmatch(r"timesteps_ascending_(\d+)", name):
+            compare(name, torch.tensor([step.timestep for step in reversed(diffusion.sat_steps(int(found[1]), shift))]))
+    compare("c_noise_sequence", torch.tensor([float(step.timestep) for step in steps]))
+    for name, solver in (("ddim", "ddim"), ("dpmpp2m_sde", "dpm")):
+        draws = iter(inputs["noise_draws"])
+        final = diffusion.sample_discrete(
+            network,
+            swap(inputs["x"]),
+            steps,
+            {"context": context},
+            negative_conditioning={"context": torch.zeros_like(context)},
+            solver=solver,
+            guidance_scale=float(stated[1]),
+            dynamic_guidance=True,
+            draw=lambda draws=draws: swap(next(draws)),  # type: ignore[misc]
+        )
+        compare(name, swap(final))
+        if solver == "dpm":
+            compare.equal("noise left over", len([*draws]), 0)
+
+
+@torch.no_grad()
+def image_latents(case: Case, compare: Comparison) -> None:
+    model, inputs = autoencoder(case.meta["vae"], case.group("w/vae.")), case.group("in/")
+    frames = compare.expected["image_latents"].shape[1]
+    compare("image_latents", swap(encode_image(model, inputs["image_minus1to1"], frames, None)))
+
+
+def encode_image(vae: Any, image: Tensor, frames: int, patch_size_t: int | None) -> Tensor:
+    mean, _ = vae.encode_moments(image.unsqueeze(2)).chunk(2, 1)
+    return diffusion.image_latents(vae.normalize_image(mean), frames, patch_size_t=patch_size_t)
+
+
+@torch.no_grad()
+def pipeline(case: Case, compare: Comparison) -> None:
+    meta, inputs = case.meta, case.group("in/")
+    model = transformer(meta["transformer"], case.group("w/transformer."))
+    vae = autoencoder(meta["vae"], case.group("w/vae."))
+    stated = {name: float(value) for name, value in re.findall(r"\b(frames|steps|guidance) ([\d.]+)", meta["call"])}
+    if "frames" not in stated:
+        found = re.search(r"(\d+) frames", meta["call"])
+        assert found is not None
+        stated["frames"] = float(found[1])
+    stochastic, patch_size_t = "dpm_noise_draws" in inputs, model.config.patch_size_t
+    frames, padding = diffusion.latent_frames(int(stated["frames"]), patch_size_t=patch_size_t)
+    if "steps" in stated:
+        steps = steps_of(meta["scheduler"], int(stated["steps"]))
+    else:  # the draws tell
+        lists = (steps_of(meta["scheduler"], count) for count in range(1, 1001))
+        steps = next(found for found in lists if sum(s.draws for s in found) == len(inputs["dpm_noise_draws"]))
+
+    text = {"encoder_hidden_states": inputs["prompt_embeds"]}
+    negative = {"encoder_hidden_states": inputs["negative_prompt_embeds"]}
+    if "image_0to1" in inputs:
+        image = inputs["image_0to1"] * 2 - 1
+        compare("image_minus1to1", image)
+        image_latent = encode_image(vae, image, frames, patch_size_t)
+        compare("image_latents", swap(image_latent))
+        unpadded = frames - padding
+        compare(
+            f"image_latents_unpadded_{int(stated['frames'])}frames",
+            swap(encode_image(vae, image, unpadded, patch_size_t)),
+        )
+        text["image"] = negative["image"] = image_latent
+
+    def velocity(x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, image: Tensor | None = None) -> Tensor:
+        return model(x if image is None else torch.cat([x, image], 1), timestep, encoder_hidden_states)
+
+    def sampled(dynamic: bool) -> Tensor:
+        draws = iter(inputs.get("dpm_noise_draws", ()))
+        return diffusion.sample_discrete(
+            velocity,
+            swap(inputs["latents"]),
+            steps,
+            text,
+            negative_conditioning=negative,
+            solver="dpm" if stochastic else "ddim",
+            guidance_scale=stated.get("guidance", 6.0),
+            dynamic_guidance=dynamic,
+            draw=lambda: swap(next(draws)),
+        )
+
+    for name in list(compare.expected):
+        if name.startswith("latents"):
+            latents = sampled(dynamic=name == "latents_dynamic_cfg")
+            compare(name, swap(latents))
+        elif name.startswith("video"):
+            video = vae.decode(sampled(dynamic=name == "video_dynamic_cfg")[:, :, padding:])
+            compare(name, video if name == "video_raw" else swap((video / 2 + 0.5).clamp(0, 1)))
+
+
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "dynamic_guidance": dynamic_guidance,
+    "image_latents": image_latents,
+    "pipeline": pipeline,
     "rope": rope,
+    "sampler": sampler,
+    "sat_sampler": sat_sampler,
     "sat_transformer_forward": sat_transformer_forward,
+    "sat_vae": sat_vae,
+    "schedule": schedule,
+    "train_loss": train_loss,
     "transformer_forward": transformer_forward,
+    "vae": vae,
+    "vae_blocks": vae_blocks,
 }
 NOT_BUILT = {
-    "vae",
-    "vae_blocks",
-    "sat_vae",
-    "schedule",
-    "sampler",
-    "sat_sampler",
-    "image_latents",
-    "dynamic_guidance",
-    "train_loss",
-    "pipeline",
     "checkpoint_convert",
 }

@@ -21,12 +21,18 @@ class Case:
     name: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
+    folder: Path = Path()
 
     @classmethod
     def load(cls, path: Path) -> Case:
         meta = json.loads(path.read_text())
         tensors_file = path.with_suffix(".safetensors")
-        return cls(path.parent.name, path.stem, meta, load_file(tensors_file) if tensors_file.exists() else {})
+        tensors = load_file(tensors_file) if tensors_file.exists() else {}
+        return cls(path.parent.name, path.stem, meta, tensors, path.parent)
+
+    def neighbour(self, name: str) -> Case:
+        """Another case of the same folder, such as the one that holds this one's weights."""
+        return Case.load(self.folder / f"{name}.json")
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below a prefix ("w/", "in/", "out/grad/"), without it."""
@@ -71,12 +77,15 @@ class Comparison:
         self.unused = set(self.expected)
         self.worst = Worst(f"{case.system}/{case.name}", str(case.meta["kind"]))
 
-    def __call__(self, name: str, ours: Any, wanted: Any = None, *, part: str | None = None) -> None:
+    def __call__(
+        self, name: str, ours: Any, wanted: Any = None, *, part: str | None = None, atol: float | None = None
+    ) -> None:
         """``abs(ours - wanted) <= atol + rtol * abs(wanted)``; ``wanted`` defaults to the stored ``out/<name>``.
 
-        ``part`` names the tolerance where the case states several.
+        ``part`` names the tolerance where the case states several; ``atol`` is one that it states in words.
         """
-        atol, rtol = (self.atol, self.rtol) if part is None else self.case.tolerance(part)
+        stated, rtol = (self.atol, self.rtol) if part is None else self.case.tolerance(part)
+        atol = stated if atol is None else atol
         if wanted is None:
             wanted = self.expected[name]
             self.unused.discard(name)

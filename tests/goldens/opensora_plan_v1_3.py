@@ -188,6 +188,210 @@ def train_loss(case: Case, compare: Comparison) -> None:
     compare("grad_norm_total", norm.reshape(1), part="grads")
 
 
+def wfvae(case: Case, compare: Comparison) -> None:
+    vae = _vae(case.meta["config"], case.group("w/"))
+    inputs, expected = case.group("in/"), compare.expected
+    latent, scaled = vae.normalize(inputs["latent"]), inputs["latent_scaled"]
+    with torch.no_grad():
+        moments, bands = vae.encode_with_bands(inputs["video"])
+        mean, logvar = moments.chunk(2, 1)
+        compare("moments", moments)
+        compare("mode", mean)
+        compare("std", (logvar.clamp(-30, 20) / 2).exp())
+        compare("latent_scaled", vae.encode(inputs["video"], noise=inputs["posterior_noise"]))
+        decoded, decoder_bands = vae.decode_with_bands(inputs["latent"])
+        compare("decoded", decoded)
+        compare("decoded_from_scaled", vae.decode(scaled))
+        for level in (1, 2):
+            for name, of in ((f"enc_l{level}_coeffs", bands), (f"dec_l{level}_coeffs", decoder_bands)):
+                if name in expected:
+                    compare(name, of[level - 1])
+        if "moments_tiled" in expected:
+            compare("moments_tiled", vae.encode_moments(inputs["video"], chunk_frames=8))
+        if "decoded_tiled" in expected:
+            from vidgen.models.autoencoders.wfvae_original_chunks import decode_with_original_chunks
+
+            compare("decoded_tiled", decode_with_original_chunks(vae, latent))
+            compare("exact chunks", vae.decode(latent, chunk_latents=2), expected["decoded"])
+
+
+def _vae(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    from vidgen.models.autoencoders import WFVAE, WFVAEConfig
+    from vidgen.models.autoencoders.wfvae_checkpoint import infer_config
+
+    wanted = WFVAEConfig.from_original(config)
+    read_off = infer_config(weights, scale=wanted.scale, shift=wanted.shift, t_interpolation=wanted.t_interpolation)
+    assert read_off == wanted, f"the weights say {read_off}, the configuration {wanted}"
+    vae = WFVAE(wanted).eval()
+    vae.load_state_dict(weights, strict=True)
+    return vae
+
+
+def vae_blocks(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders import layers
+    from vidgen.models.autoencoders.streaming import Stream
+
+    for name in compare.expected:
+        x, weights = case.tensors[f"in/{name}"], case.group(f"w/{name}.")
+        channels, norm = x.shape[1], "groupnorm" if name.endswith("_gn") else "layernorm"
+        if name == "causalconv":
+            weight = weights["conv.weight"]
+            module: Any = layers.CausalConv3d(channels, weight.shape[0], weight.shape[2], padding=weight.shape[2] // 2)
+        elif name.startswith("resnet2d"):
+            out = weights["conv1.weight"].shape[0]
+            module = layers.ResBlock(channels, out, frames_apart=True, norm=norm)
+        elif name.startswith("resnet3d"):
+            module = layers.ResBlock(channels, weights["conv1.conv.weight"].shape[0], norm=norm)
+        elif name.startswith("attn"):
+            module = layers.FrameAttention(channels, norm=norm)
+        elif name.startswith("up3d"):
+            module = layers.Upsample3D(channels, t_interpolation=name.removeprefix("up3d_"))
+        else:
+            kinds = {"down2d": layers.Downsample2D, "down3d": layers.Downsample3D, "up2d": layers.Upsample2D}
+            module = kinds[name](channels)
+        module.load_state_dict(weights, strict=True)
+        compare(name, module(x, Stream()))
+
+
+def haar(case: Case, compare: Comparison) -> None:
+    inputs = case.group("in/")
+    bands, image = ops.haar_3d(inputs["x3d"]), ops.haar_3d(inputs["x3d_image"])
+    compare("haar3d", bands)
+    compare("haar3d_image", image)
+    compare("ihaar3d_of_haar3d", ops.inverse_haar_3d(bands))
+    compare("ihaar3d_of_haar3d_image", ops.inverse_haar_3d(image))
+    compare("ihaar3d_first_chunk", ops.inverse_haar_3d(inputs["coeffs3d"]))
+    compare("ihaar3d_later_chunk", ops.inverse_haar_3d(inputs["coeffs3d"], drop_first_frame=False))
+    compare("haar2d_framewise", ops.haar_2d(inputs["x3d"]))
+    compare("ihaar2d", ops.inverse_haar_2d(inputs["coeffs2d"]))
+    compare("ihaar2d_of_haar2d", ops.inverse_haar_2d(ops.haar_2d(inputs["x3d"])))
+    # The original only transforms videos and hands a 4-D tensor back as it is: what analysis and synthesis give.
+    compare("haar2d", ops.inverse_haar_2d(ops.haar_2d(inputs["x2d"])))
+
+
+def vae_losses(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.discriminator import PatchDiscriminator3D
+    from vidgen.train.vae_adversarial_loss import AdversarialLossConfig, discriminator_loss, generator_loss
+
+    inputs, params = case.group("in/"), case.meta["params"]
+    weights = {key: value for key, value in case.group("w/").items() if not key.startswith("discriminator.")}
+    vae = _vae(case.meta["config"], weights).train()
+    compare.equal("norm", case.meta["disc"]["norm"], "BatchNorm3d in train mode")
+
+    def new_discriminator() -> PatchDiscriminator3D:
+        discriminator = PatchDiscriminator3D(case.meta["disc"]["ndf"], case.meta["disc"]["n_layers"])
+        discriminator.load_state_dict(case.group("w/discriminator."), strict=True)
+        return discriminator.train()
+
+    config = AdversarialLossConfig(
+        kl_weight=params["kl_weight"],
+        wavelet_weight=params["wavelet_weight"],
+        perceptual_weight=params["perceptual_weight"],
+        adversarial_weight=params["disc_weight"] * params["disc_factor"],
+        adversarial_start=params["disc_start"],
+        distance=params["loss_type"],
+        logvar=params["logvar_init"],
+    )
+    output = vae(inputs["video"], noise=inputs["posterior_noise"])
+    loss, terms = generator_loss(
+        output,
+        inputs["video"],
+        new_discriminator(),
+        vae.decoder.conv_out.weight,
+        params["global_step"],
+        config,
+    )
+    loss.backward()
+    grads = {name: p.grad for name, p in vae.named_parameters()}
+    active = params["global_step"] >= params["disc_start"]
+    compare("recon", output.reconstruction)
+    compare("disc_logits_fake_train_mode", new_discriminator()(output.reconstruction))
+    compare("loss_generator", loss.reshape(1))
+    for name, value in {
+        "total_loss": loss,
+        "nll_loss": terms["reconstruction"],
+        "rec_loss": terms["reconstruction"],
+        "kl_loss": terms["kl"],
+        "wl_loss": terms["wavelet"],
+        "g_loss": terms["adversarial"],
+        "d_weight": terms["adversarial_weight"] / params["disc_factor"],
+        "logvar": torch.tensor(config.logvar),
+        "disc_factor": torch.tensor(params["disc_factor"] * active),
+    }.items():
+        compare(f"log/{name}", value.reshape(1))
+
+    judge = new_discriminator()
+    loss, logits = discriminator_loss(judge, inputs["video"], output.reconstruction)
+    loss = loss * params["disc_factor"] * active
+    loss.backward()
+    compare("loss_discriminator", loss.reshape(1))
+    compare("dlog/disc_loss", loss.reshape(1))
+    compare("dlog/logits_real", logits["real"].reshape(1))
+    compare("dlog/logits_fake", logits["reconstructed"].reshape(1))
+    grads |= {f"discriminator.{name}": p.grad for name, p in judge.named_parameters()}
+    for name in case.group("out/grad/"):
+        compare(f"grad/{name}", grads[name])
+
+
+def inpaint_masks(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion import inpaint
+
+    pixels, random = case.tensors["in/pixels"], case.tensors["in/mask_random"]
+    frames, keep = pixels.shape[0], case.meta["continuation_keep"]
+    batch, _, _, height, width = random.shape
+
+    def compressed(mask: Tensor, like: Tensor) -> Tensor:
+        return inpaint.compress_mask(mask.view(1, 1, -1, 1, 1).expand(like.shape[0], 1, -1, height, width))
+
+    for name, stored in compare.expected.items():
+        form, kind = name.rsplit("_", 1)
+        if name == "compressed_random":
+            compare(name, inpaint.compress_mask(random))
+        elif name == "compressed_indices":
+            video = pixels.transpose(0, 1)
+            _, mask = inpaint.place_frames(video[:, case.meta["indices"]], case.meta["indices"], frames)
+            compare(name, compressed(mask, stored))
+        else:
+            mask = inpaint.frame_mask(kind, frames, min_clear_ratio=keep / frames, max_clear_ratio=keep / frames)
+            if form == "mask_frames":
+                compare(name, mask)
+            elif form == "masked":
+                masked = inpaint.hide_generated(pixels, mask.view(-1, 1, 1, 1), hidden=0.0)
+                compare(name, masked[..., : stored.shape[-2], : stored.shape[-1]])
+            else:
+                compare(name, compressed(mask, stored))
+
+
+def pipeline(case: Case, compare: Comparison) -> None:
+    inputs, settings = case.group("in/"), case.meta
+    model = _model(settings["transformer_config"], case.group("w/transformer."))
+    vae = _vae(settings["vae_config"], case.group("w/vae."))
+    names = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    steps = settings["num_inference_steps"]
+    latents = []
+    final = diffusion.sample_euler_ancestral(
+        model,
+        inputs["initial_noise"],
+        diffusion.euler_ancestral_schedule(steps),
+        {name: inputs[stored] for name, stored in names.items()},
+        negative_conditioning={name: inputs[f"negative_{stored}"] for name, stored in names.items()},
+        guidance_scale=settings["guidance_scale"],
+        guidance_rescale=settings["guidance_rescale"],
+        step_noises=[inputs[f"step_noise_{i}"] for i in range(steps)],
+        on_step=lambda index, x: latents.append(x),
+    )
+    for index, x in enumerate(latents, 1):
+        compare(f"latents_{index}", x, part="latents_1" if index == 1 else "latents")
+    compare("latents", final, part="latents")
+    with torch.no_grad():
+        video = vae.decode(final)
+    compare("video", video.transpose(1, 2), part="video")
+    frames = ((video / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+    compare.equal("tolerance of uint8", case.meta["tolerance"]["float32"]["uint8"], "off by one allowed")
+    wanted = compare.expected["video_uint8"].int()
+    compare("video_uint8", torch.where((frames.int() - wanted).abs() <= 1, wanted, frames.int()))
+
+
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "dit_forward": dit_forward,
     "inpaint_forward": dit_forward,
@@ -195,5 +399,11 @@ RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "rope": rope,
     "sampler": sampler,
     "train_loss": train_loss,
+    "haar": haar,
+    "vae_blocks": vae_blocks,
+    "wfvae": wfvae,
+    "vae_losses": vae_losses,
+    "inpaint_masks": inpaint_masks,
+    "pipeline": pipeline,
 }
-NOT_BUILT = {"data_rules", "haar", "inpaint_masks", "metrics", "pipeline", "vae_blocks", "vae_losses", "wfvae"}
+NOT_BUILT = {"data_rules", "metrics"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "gui
 
 
 def mmdit_forward(case: Case, compare: Comparison) -> None:
-    from vidgen.models.opensora_v2.model import rope_table
+    from vidgen.models.opensora_v2.embeddings import rope_table
 
     model, inputs = _mmdit(case.meta["config"], case.group("w/")), case.group("in/")
     patch = model.config.patch_size
@@ -80,7 +81,7 @@ def _original_tables(cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
 def rope(case: Case, compare: Comparison) -> None:
     from vidgen.models.opensora_v2 import MMDiTConfig
     from vidgen.models.opensora_v2.checkpoint import pairs_to_halves
-    from vidgen.models.opensora_v2.model import rope_table, timestep_embedding
+    from vidgen.models.opensora_v2.embeddings import rope_table, timestep_embedding
 
     inputs, expected, stated = case.group("in/"), compare.expected, case.meta["config"]
     patch, latent = stated["patch_size"], inputs["latent_5d"]
@@ -127,10 +128,262 @@ def rope(case: Case, compare: Comparison) -> None:
 
 
 def timestep_embedding(case: Case, compare: Comparison) -> None:
-    from vidgen.models.opensora_v2.model import timestep_embedding
+    from vidgen.models.opensora_v2.embeddings import timestep_embedding
 
     (given,), (name,) = case.group("in/").values(), compare.expected
     compare(name, timestep_embedding(given, compare.expected[name].shape[-1]))
+
+
+def hunyuan_vae(case: Case, compare: Comparison) -> None:
+    from vidgen.models.autoencoders.hunyuan_vae import kl_divergence
+
+    stated, inputs = case.meta, case.group("in/")
+    source = case if case.group("w/") else case.neighbour(stated["weights_in"])
+    tiling = {"use_spatial_tiling": "s" in stated["tiling"], "use_temporal_tiling": "t" in stated["tiling"]}
+    overlap = {"tile_overlap_factor": stated["tile"]["overlap"]}
+    scale = {name: stated[name] for name in ("scale_factor", "shift_factor")}
+    vae = _vae({**stated["config"], **tiling, **overlap, **scale}, source.group("w/"))
+    seen: dict[str, Tensor] = {}
+    hooks = _watch_vae(vae, compare.expected, seen)
+    with torch.no_grad():
+        seen["moments"] = vae.encode_moments(inputs["x"])
+        seen["z_mode"] = vae.encode(inputs["x"])
+        seen["z_sample"] = vae.encode(inputs["x"], noise=inputs["posterior_eps"])
+        seen["rec_from_z_mode"] = vae.decode(compare.expected["z_mode"])
+    for hook in hooks:
+        hook.remove()
+    seen["kl"] = kl_divergence(seen["moments"])
+    for name in compare.expected:
+        compare(name, seen[name])
+
+
+def _vae(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
+
+    vae = HunyuanVAE(HunyuanVAEConfig.from_original(config)).eval()
+    vae.load_state_dict(weights, strict=True)
+    return vae
+
+
+def _watch_vae(vae: Any, names: dict[str, Tensor], seen: dict[str, Tensor]) -> list[Any]:
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.update({name: output})
+
+    parts = [name for name in names if name.startswith(("encoder.", "decoder."))]
+    return [vae.get_submodule(name).register_forward_hook(keep(name)) for name in parts]
+
+
+def schedule(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion import opensora_v2 as sampling
+
+    for entry in case.meta["cases"]:
+        tokens, frames = entry["image_seq_len"], entry["num_frames"]
+        levels = sampling.schedule(
+            entry["num_steps"], tokens, frames, flow_shift=entry["shift_alpha"], shift=entry["shift"]
+        )
+        compare(f"timesteps_{entry['index']}", levels)
+        if entry["shift"] and entry["shift_alpha"] is None:
+            alpha = sampling.resolution_shift(tokens, frames)
+            compare(f"alpha of case {entry['index']}", alpha, entry["alpha"])
+
+
+def oscillation(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion.opensora_v2 import oscillate
+
+    for row in case.meta["rows"]:
+        ours = oscillate(row["scale"], row["i"], force_num=case.meta["force_num"])
+        compare.equal(f"scale {row['scale']} at step {row['i']}", ours, row["gs"])
+
+
+def text_suffix(case: Case, compare: Comparison) -> None:
+    from vidgen.models.text import opensora_v2_prompt
+
+    fps = case.meta["fps"]
+    for row in case.meta["rows"]:
+        text = row["text"]
+        compare.equal(f"{text!r} with fps", opensora_v2_prompt(text, fps=fps, motion_score=None), row["with_fps"])
+        compare.equal(f"{text!r} with motion", opensora_v2_prompt(text, fps=None), row["with_motion"])
+        compare.equal(f"{text!r} with both", opensora_v2_prompt(text, fps=fps), row["fps_then_motion"])
+
+
+def conditions(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion.opensora_v2_conditions import inference_condition
+
+    inputs = case.group("in/")
+    references = [[a, b] for a, b in zip(inputs["ref_a"], inputs["ref_b"], strict=True)]
+    for name in compare.expected:
+        cond_type, causal, output = name.split(".")
+        mask, masked = inference_condition(inputs["z"], cond_type, references, causal=causal == "causal1")
+        if output == "mask_t":
+            compare(name, mask[:, 0, :, 0, 0])
+            compare.equal(f"{name}: one value for a frame", bool((mask == mask[..., :1, :1]).all()), True)
+        else:
+            compare(name, masked[..., :1, :1])
+
+
+def sampler(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion import opensora_v2 as sampling
+    from vidgen.diffusion.opensora_v2_conditions import (
+        final_frames,
+        inference_condition,
+        reference_clips,
+        restore_references,
+    )
+
+    option, inputs, expected = case.meta["sampling_option"], case.group("in/"), compare.expected
+    model, vae = (
+        _mmdit(case.meta["config"], case.group("w/mmdit.")),
+        _vae(case.meta["vae_config"], case.group("w/vae.")),
+    )
+    patch, causal, cond_type = model.config.patch_size, option["is_causal_vae"], case.meta["cond_type"]
+    time_ratio = option["temporal_reduction"]
+    frames = sampling.latent_frames(option["num_frames"], time_ratio=time_ratio, causal=causal)
+    batch = len(case.meta["prompts_order"]) - 1
+    noise = sampling.initial_noise(
+        batch, model.config.latent_channels, frames, option["height"], option["width"],
+        patch_size=patch, seed=case.meta["noise_seed"],
+    )  # fmt: skip
+    packed = pack_patches(noise, patch)
+    compare("noise", packed.repeat(len(inputs["noise_packed"]) // batch, 1, 1), inputs["noise_packed"])
+    grid = (frames, noise.shape[3] // patch, noise.shape[4] // patch)
+    levels = sampling.schedule(
+        option["num_steps"], grid[1] * grid[2], frames, flow_shift=option["flow_shift"], shift=option["shift"]
+    )
+    compare("timesteps", levels)
+
+    entering, predictions = [packed], []
+
+    def watched(**arguments: Tensor) -> Tensor:
+        predictions.append(model(**arguments))
+        return predictions[-1]
+
+    positive = {"txt": inputs["t5"][:batch], "y_vec": inputs["clip"][:batch]}
+    on_step = lambda index, latents: entering.append(latents)  # noqa: E731
+    if option["method"].endswith("DISTILLED"):
+        latent = sampling.sample_distilled(
+            watched, noise, levels, positive, guidance=option["guidance"], patch_size=patch, on_step=on_step
+        )
+    else:
+        clips = [inputs[name] for name in ("ref_a", "ref_b") if name in inputs]
+        chosen = reference_clips(clips, cond_type, causal=causal, time_ratio=time_ratio)
+        references, draws = [], 0
+        for _ in range(batch):  # all samples have the same references, encoded again with noise of their own
+            with torch.no_grad():
+                eps = [inputs[f"ref_posterior_eps_{draws + i}"] for i in range(len(chosen))]
+                references.append([vae.encode(c[None], noise=e)[0] for c, e in zip(chosen, eps, strict=True)])
+            draws += len(chosen)
+        mask, masked = inference_condition(noise, cond_type, references, causal=causal)
+        compare("mask", mask, inputs["masks"])
+        compare("masked reference", masked, inputs["masked_ref"])
+        condition = {"mask": mask, "masked_latent": masked} if model.config.cond_embed else {}
+        latent = sampling.sample_guided(
+            watched, noise, levels, positive, {name: t[-1:].repeat_interleave(batch, 0) for name, t in _text(inputs)},
+            **condition, guidance=option["guidance"], guidance_img=option["guidance_img"],
+            text_osci=option["text_osci"], image_osci=option["image_osci"],
+            scale_temporal_osci=option["scale_temporal_osci"] and "i2v" in cond_type, patch_size=patch, on_step=on_step,
+        )  # fmt: skip
+    compare("traj_img", torch.stack(entering[:-1]))
+    compare("latent_final_packed", pack_patches(latent, patch))
+    for name, prediction in (("first_pred", predictions[0]), ("last_pred", predictions[-1])):
+        # without a condition we do not ask for the third branch, which is the second again
+        missing = (len(expected[name]) - len(prediction)) // batch
+        compare(name, torch.cat((prediction, *[prediction[-batch:]] * missing)))
+    if not option["method"].endswith("DISTILLED"):
+        latent = restore_references(latent, mask, masked, cond_type, first_sample_only=True)
+    with torch.no_grad():
+        video = vae.decode(latent)
+    compare("video", final_frames(video, option["num_frames"], cond_type, causal=causal, time_ratio=time_ratio))
+
+
+def _text(inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [("txt", inputs["t5"]), ("y_vec", inputs["clip"])]
+
+
+def train_step(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion import opensora_v2_loss as training
+    from vidgen.diffusion.opensora_v2_conditions import choose_condition, training_condition
+
+    inputs, options = case.group("in/"), case.meta["train_config"]
+    model, vae = (
+        _mmdit(case.meta["config"], case.group("w/mmdit.")),
+        _vae(case.meta["vae_config"], case.group("w/vae.")),
+    )
+    batch, patch = len(inputs["video"]), options["patch_size"]
+    with torch.no_grad():
+        latent = vae.encode(inputs["video"])
+        condition = {}
+        if weights := options.get("condition_config"):
+            types = [choose_condition(weights, latent.shape[2], random.Random(0)) for _ in range(batch)]
+            mask, masked = training_condition(inputs["video"], latent, types, vae.encode)
+            condition = {"mask": mask, "masked_latent": masked}
+    text = {
+        name: training.drop_text(
+            t[:batch], t[-1:], inputs[f"drop_rand_{encoder}"], options["dropout_ratio"][encoder]
+        )
+        for (name, t), encoder in zip(_text(inputs), ("t5", "clip"), strict=True)
+    }  # fmt: skip
+    arguments, target = training.training_inputs(
+        latent, **text, normal=inputs["t_randn"], noise=inputs["noise_x1"], patch_size=patch,
+        guidance=options.get("guidance", 4.0), sigma_min=case.meta["sigma_min"], **condition,
+    )  # fmt: skip
+    for name in compare.expected:
+        if name.startswith("inp."):
+            ours = arguments[name.removeprefix("inp.")]
+            compare(name, ours.expand(batch, -1, -1) if name.endswith("_ids") else ours)
+    compare("x0_packed", pack_patches(latent, patch))
+    mask = inputs.get("masks") if options.get("no_i2v_ref_loss") else None
+    loss = training.batch_loss(model(**arguments), target, mask)
+    loss.backward()
+    compare("loss", loss)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for name in compare.expected:
+        if name.startswith("grad."):
+            compare(name, grads[name.removeprefix("grad.")])
+    total = torch.stack([g.double().square().sum() for g in grads.values() if g is not None]).sum().sqrt()
+    compare("grad_global_norm", total)
+
+
+def batch_loss(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion.opensora_v2_loss import batch_loss
+
+    inputs = case.group("in/")
+    compare("loss_plain", batch_loss(inputs["pred"], inputs["target"]))
+    compare("loss_masked", batch_loss(inputs["pred"], inputs["target"], inputs["masks"]))
+
+
+def ema(case: Case, compare: Comparison) -> None:
+    from vidgen.train.optimizer import EMAAdamW
+
+    inputs = case.group("in/")
+    p = torch.nn.Parameter(inputs["param"].clone())
+    optimizer = EMAAdamW([p], lr=0.0, ema_decay=case.meta["decay"], ema_warmup=False)
+    optimizer.load_state_dict({
+        **optimizer.state_dict(),
+        "state": {
+            0: {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+                "ema": inputs["ema"].clone(),
+            }
+        },
+    })  # fmt: skip
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    compare("ema", optimizer.ema_parameters()[0])
+
+
+def mm_scheduler(case: Case, compare: Comparison) -> None:
+    from vidgen.diffusion import opensora_v2 as sampling
+    from vidgen.diffusion import opensora_v2_loss as training
+
+    inputs, sigma_min = case.group("in/"), case.meta["sigma_min"]
+    clean = pack_patches(inputs["x_start"], 2)
+    compare("x_t", training.mix_with_noise(clean, inputs["noise"], inputs["t"], sigma_min=sigma_min))
+    target = training.velocity_target(clean, inputs["noise"], sigma_min=sigma_min)
+    compare("loss", training.batch_loss(inputs["pred"], target).reshape(1))
+    for index, arguments in enumerate(case.meta["timesteps_args"]):
+        compare(f"timesteps_{index}", sampling.schedule(*arguments))
 
 
 def checkpoint_keys(case: Case, compare: Comparison) -> None:
@@ -144,31 +397,30 @@ def checkpoint_keys(case: Case, compare: Comparison) -> None:
 
 
 def _release(name: str) -> Any:
+    from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
     from vidgen.models.opensora_v2 import MMDiT, preset
 
     if name == "checkpoint_keys_mmdit":
         return MMDiT(preset("released"))
+    if name == "checkpoint_keys_vae":
+        return HunyuanVAE(HunyuanVAEConfig())
     raise AssertionError(f"{name}: keys of an unknown model")
 
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "batch_loss": batch_loss,
     "checkpoint_keys": checkpoint_keys,
+    "conditions": conditions,
+    "ema": ema,
+    "hunyuan_vae": hunyuan_vae,
+    "mm_scheduler": mm_scheduler,
     "mmdit_forward": mmdit_forward,
+    "oscillation": oscillation,
     "rope": rope,
+    "sampler": sampler,
+    "schedule": schedule,
+    "text_suffix": text_suffix,
     "timestep_embedding": timestep_embedding,
+    "train_step": train_step,
 }
-NOT_BUILT = {
-    "hunyuan_vae",
-    "schedule",
-    "sampler",
-    "conditions",
-    "oscillation",
-    "text_suffix",
-    "train_step",
-    "batch_loss",
-    "ema",
-    "buckets",
-    "mm_buckets",
-    "mm_scheduler",
-    "checkpoint_convert",
-}
+NOT_BUILT = {"buckets", "mm_buckets", "checkpoint_convert"}

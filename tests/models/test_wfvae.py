@@ -334,7 +334,7 @@ def test_original_configuration():
     ("change", "message"),
     [
         ({"l1_dowmsample_block": "Downsample"}, "l1_downsample_block must be 'Spatial2xTime2x3DDownsample'"),
-        ({"norm_type": "groupnorm"}, "norm_type must be 'layernorm'"),
+        ({"norm_type": "groupnorm"}, "base_channels must be a multiple of 32 for norm_type='groupnorm', got 4"),
         ({"latent_dims": 4}, "latent_dims.*latent_dim"),
         ({"scale": [1.0]}, "scale must have latent_dim=4 values"),
         ({"decoder_num_resblocks": 0}, "decoder_num_resblocks must be at least 1"),

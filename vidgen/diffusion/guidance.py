@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,17 @@ def rescale_guidance(guided: Tensor, positive: Tensor, rescale: float) -> Tensor
     axes = tuple(range(1, guided.dim()))
     spread = torch.std(positive, dim=axes, keepdim=True) / torch.std(guided, dim=axes, keepdim=True)
     return rescale * (guided * spread) + (1 - rescale) * guided
+
+
+def dynamic_guidance_scale(scale: float, timestep: int, num_steps: int, *, exponent: float = 5.0) -> float:
+    """``1 + scale * (1 - cos(pi * ((num_steps - timestep) / num_steps) ** exponent)) / 2``, in float64 (CogVideoX).
+
+    The originals put the timestep of 0..999 where the formula means the index of the step, so that the value jumps
+    about between 1 and ``1 + scale`` instead of rising; the models are used that way, and so it is here.
+
+    Raises:
+        ValueError: ``num_steps`` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"dynamic_guidance_scale: num_steps must be at least 1, got {num_steps}")
+    return 1 + scale * (1 - math.cos(math.pi * ((num_steps - timestep) / num_steps) ** exponent)) / 2

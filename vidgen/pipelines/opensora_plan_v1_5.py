@@ -59,12 +59,12 @@ def texts(job: Job, request: Request) -> tuple[str, str]:
     return job.parts.prompt_prefix + request.prompt, job.negative(request)
 
 
-def load_vae(job: Job) -> WFVAE:
-    return WFVAE.from_pretrained(needed(job.parts.vae), dtype=job.dtype, device=job.device)
+def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> WFVAE:
+    return WFVAE.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
 
 
-def load_transformer(job: Job) -> SparseUMMDiT:
-    return SparseUMMDiT.from_pretrained(job.parts.transformer, dtype=job.dtype, device=job.device)
+def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> SparseUMMDiT:
+    return SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
 
 def sample_latents(

@@ -85,7 +85,7 @@ def sample_videos(
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    vae = system.load_vae(job)
+    vae = system.load_vae(job.parts, job.dtype, job.device)
     results = []
     for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
         began = time.monotonic()
@@ -139,7 +139,7 @@ def encode_references(job: Job, requests: Sequence[Request]) -> list[dict[str, T
     if not any(request.references for request in requests):
         return [{} for _ in requests]
     system = SYSTEMS[job.parts.system]
-    vae = system.load_vae(job)
+    vae = system.load_vae(job.parts, job.dtype, job.device)
     seeds = range(job.settings.seed, job.settings.seed + len(requests))
     pairs = zip(requests, seeds, strict=True)
     return [system.conditions(vae, job, request, seed) if request.references else {} for request, seed in pairs]
@@ -154,7 +154,7 @@ def sample_all(
 ) -> tuple[list[Tensor], list[float]]:
     """A latent ``(1, ...)`` on the CPU for each pair of texts, and the seconds that it took."""
     system = SYSTEMS[job.parts.system]
-    transformer = system.load_transformer(job)
+    transformer = system.load_transformer(job.parts, job.dtype, job.device)
     latents: list[Tensor] = []
     seconds: list[float] = []
     size = job.settings.batch_size

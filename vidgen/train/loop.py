@@ -35,7 +35,12 @@ from .tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("task", "model.", "training.precision")  # parts of a recipe that a checkpoint cannot be resumed without
+FIXED = (
+    "system",
+    "task",
+    "model.",
+    "training.precision",
+)  # parts of a recipe that a checkpoint cannot be resumed without
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
 
 

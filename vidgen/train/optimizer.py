@@ -34,6 +34,8 @@ class EMAAdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by ``lr``.
         ema_decay: largest decay of the average, in [0, 1); None keeps no average.
+        ema_warmup: let the decay rise to it as above; False averages with ``d = ema_decay`` from the first step on, as
+            Open-Sora 2.0 does.
 
     Raises:
         ValueError: a hyperparameter out of range; in ``step``, a sparse gradient.
@@ -48,10 +50,11 @@ class EMAAdamW(torch.optim.Optimizer):
         eps: float = 1e-15,
         weight_decay: float = 1e-4,
         ema_decay: float | None = 0.9999,
+        ema_warmup: bool = True,
     ) -> None:
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"EMAAdamW: ema_decay must lie in [0, 1) or be None, got {ema_decay}")
-        self.ema_decay = ema_decay
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self._ema_is_in_use = False
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "num_steps": 0}
         super().__init__(params, defaults)
@@ -100,7 +103,7 @@ class EMAAdamW(torch.optim.Optimizer):
                 torch._foreach_lerp_(
                     [self.state[p]["ema"] for p in averaged],
                     [self.state[p].get("master", p) for p in averaged],
-                    1 - min(self.ema_decay, (1 + n) / (10 + n)),
+                    1 - (min(self.ema_decay, (1 + n) / (10 + n)) if self.ema_warmup else self.ema_decay),
                 )
 
     def _start(self, p: Tensor) -> None:

@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from vidgen import config
 from vidgen.checkpoints.hf import read_config
-from vidgen.models import autoencoders, opensora_plan_v1_5
-from vidgen.pipelines.folders import weights_folder
+from vidgen.pipelines.folders import NEEDED, weights_folder
 
+from . import opensora_plan_v1_5
 from .vae_loss import VAELossConfig
+
+# A system is a module with the same names in each; see that of Open-Sora Plan 1.5.
+SYSTEMS: dict[str, Any] = {"opensora_plan_v1_5": opensora_plan_v1_5}
 
 
 @dataclass
@@ -34,10 +37,6 @@ class Data:
 
     def validate(self) -> list[str]:
         problems = list(_positive(self, "height", "width", "num_frames"))
-        if self.num_frames % 8 != 1:
-            problems.append(f"num_frames must be 8n+1, got {self.num_frames}")
-        if self.height % 8 or self.width % 8:
-            problems.append(f"height and width must be multiples of 8, got {self.height} and {self.width}")
         if self.fps is not None and self.fps <= 0:
             problems.append(f"fps must be positive, got {self.fps}")
         if self.num_workers < 0:
@@ -122,33 +121,22 @@ class Text:
 
 
 @dataclass
-class Diffusion:
-    """Noise levels of the flow-matching loss."""
-
-    density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    shift: float | None = None  # None: the dynamic shift of the resolution
-
-    def validate(self) -> list[str]:
-        return [f"shift must be positive, got {self.shift}"] if self.shift is not None and self.shift <= 0 else []
-
-
-@dataclass
 class Recipe:
     """A whole run. ``task`` says what is trained: the "vae", or the "dit" on latents of a finished VAE.
 
     ``model`` holds a ``preset`` and any field of the model's configuration, which overrides the preset, or
-    ``pretrained``: a folder to start from.
+    ``pretrained``: a folder to start from. What ``diffusion`` may hold is the system's.
     """
 
     task: Literal["vae", "dit"]
     output: Path
     data: Data
     training: Training
+    system: str = "opensora_plan_v1_5"
     model: dict[str, Any] = field(default_factory=dict)
     vae: Path | None = None  # folder of the VAE, or of the run that trained it; only for "dit"
     text: Text = field(default_factory=Text)
-    diffusion: Diffusion = field(default_factory=Diffusion)
+    diffusion: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)  # weights of the VAE's loss
     optimizer: Optimizer = field(default_factory=Optimizer)
     clipping: Clipping = field(default_factory=Clipping)
@@ -156,13 +144,17 @@ class Recipe:
     device: str = "auto"
 
     def validate(self) -> list[str]:
-        problems = []
+        if self.system not in SYSTEMS:
+            return [f"system: wanted one of {', '.join(SYSTEMS)}, got {self.system!r}"]
+        problems = list(_size_problems(self))
         if self.task == "dit":
-            missing = {"vae": self.vae, "text.t5": self.text.t5, "text.clip": self.text.clip}
-            problems += [f"{name}: missing; training a dit needs it" for name, path in missing.items() if path is None]
+            given = {"vae": self.vae, "t5": self.text.t5, "clip": self.text.clip}
+            missing = [name for name in NEEDED[self.system] if given[name] is None]
+            names = [name if name == "vae" else f"text.{name}" for name in missing]
+            problems += [f"{name}: missing; training a dit needs it" for name in names]
         if self.seed < 0:
             problems.append(f"seed: must not be negative, got {self.seed}")
-        for build in (model_config, vae_loss_config):
+        for build in (model_config, vae_loss_config, diffusion_options):
             try:
                 build(self)
             except config.ConfigError as error:
@@ -182,7 +174,10 @@ def model_config(recipe: Recipe) -> Any:
         ConfigError: unknown preset, unknown fields or wrong values, each with its dotted path.
         ValueError: ``model.pretrained`` holds no such model.
     """
-    presets: dict[str, Any] = autoencoders.PRESETS if recipe.task == "vae" else opensora_plan_v1_5.PRESETS
+    system = SYSTEMS[recipe.system]
+    presets: dict[str, Any] = system.VAE_PRESETS if recipe.task == "vae" else system.PRESETS
+    if not presets:
+        raise config.ConfigError([f"task: the vae of {recipe.system} is not trained here"])
     fields = dict(recipe.model)
     if "pretrained" in fields:
         folder = fields.pop("pretrained")
@@ -198,7 +193,13 @@ def model_config(recipe: Recipe) -> Any:
 
 def model_class(recipe: Recipe) -> Any:
     """The class that the task trains."""
-    return autoencoders.WFVAE if recipe.task == "vae" else opensora_plan_v1_5.SparseUMMDiT
+    system = SYSTEMS[recipe.system]
+    return system.VAE if recipe.task == "vae" else system.TRANSFORMER
+
+
+def diffusion_options(recipe: Recipe) -> Any:
+    """The system's options of its loss. Raises ConfigError."""
+    return _load_section(SYSTEMS[recipe.system].Options, recipe.diffusion, "diffusion")
 
 
 def vae_loss_config(recipe: Recipe) -> Any:
@@ -206,6 +207,15 @@ def vae_loss_config(recipe: Recipe) -> Any:
     if recipe.task != "vae" and recipe.loss:
         raise config.ConfigError([f"loss.{name}: only a vae has a loss to configure" for name in recipe.loss])
     return _load_section(VAELossConfig, recipe.loss, "loss")
+
+
+def _size_problems(recipe: Recipe) -> Iterator[str]:
+    data, vae = recipe.data, SYSTEMS[recipe.system].VAE
+    factor, side = vae.frames_per_latent, vae.pixels_per_latent
+    if (data.num_frames - 1) % factor:
+        yield f"data: num_frames must be {factor}n+1, got {data.num_frames}"
+    if data.height % side or data.width % side:
+        yield f"data: height and width must be multiples of {side}, got {data.height} and {data.width}"
 
 
 def _load_section(cls: type, values: dict[str, Any], path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,11 @@ from vidgen import config as loading
 from vidgen import device as devices
 from vidgen.checkpoints.hf import PretrainedModel
 from vidgen.data.dataset import ClipDataset, ShuffledSampler, read_annotations
-from vidgen.diffusion import flow_matching_loss
 from vidgen.models.autoencoders.causal import split_moments
-from vidgen.models.autoencoders.wfvae import WFVAE
-from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
-from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
-from vidgen.pipelines.folders import Parts, weights_folder, write_parts
+from vidgen.pipelines.folders import NEEDED, Parts, needed, weights_folder, write_parts
 
 from .features import FeatureCache, Features, clip_key, folder_fingerprint, stack
-from .recipe import Recipe, model_class, model_config, vae_loss_config
+from .recipe import SYSTEMS, Recipe, diffusion_options, model_class, model_config, vae_loss_config
 from .vae_loss import vae_loss
 
 NUM_STATISTICS_CLIPS = 64  # at most this many clips say what the latents' mean and spread are
@@ -168,7 +164,7 @@ class _BrokenClip(Exception):
 class VAETask(Task):
     """Reconstruct clips."""
 
-    model: WFVAE
+    model: Any
 
     def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
         super().__init__(recipe, device, weights)
@@ -201,40 +197,35 @@ class VAETask(Task):
 
 
 class DiTTask(Task):
-    """Predict the velocity of noisy latents, from their captions."""
+    """Denoise latents of clips, from their captions and whatever else the system shows its transformer.
 
-    model: SparseUMMDiT
-    vae: WFVAE | None
-    encoders: tuple[T5TextEncoder, CLIPTextEncoder] | None
+    What differs between the systems are the functions of ``system``, a module of this folder.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
         super().__init__(recipe, device, weights)
-        text = recipe.text
-        if recipe.vae is None or text.t5 is None or text.clip is None:
-            raise ValueError("recipe: training a dit needs vae, text.t5 and text.clip")
-        self.vae_folder = weights_folder(recipe.vae)
-        self.vae = WFVAE.from_pretrained(self.vae_folder, dtype=self.dtype, device=device).requires_grad_(False)
-        t5 = T5TextEncoder.from_pretrained(text.t5, text.t5_max_length, dtype=self.dtype).to(device)
-        clip = CLIPTextEncoder.from_pretrained(text.clip, text.clip_max_length, dtype=self.dtype).to(device)
-        self.encoders = t5, clip
-        self._check_widths(t5, clip)
+        self.system: Any = SYSTEMS[recipe.system]
+        self.options: Any = diffusion_options(recipe)
+        self.parts = parts_of(recipe)
+        self.vae: Any = self.system.load_vae(self.parts, self.dtype, device).requires_grad_(False)
+        self.encoders: Any = self.system.load_encoders(self.parts, self.dtype, device)
+        self.needs_video = self.system.needs_video(self.model.config)
+        self._check_widths()
         self._texts: dict[str, Features] = {}
         if self.cache is not None:
-            prints = [folder_fingerprint(text.t5), folder_fingerprint(text.clip)]
-            self._text_kind = {"text": prints, "lengths": [text.t5_max_length, text.clip_max_length]}
+            folders = {"t5": recipe.text.t5, "clip": recipe.text.clip}
+            used = [name for name in NEEDED[recipe.system] if name in folders]
+            self._text_kind = {
+                "text": [folder_fingerprint(needed(folders[name])) for name in used],
+                "lengths": [getattr(self.parts, f"{name}_max_length") for name in used],
+            }
 
-    def _check_widths(self, t5: T5TextEncoder, clip: CLIPTextEncoder) -> None:
-        assert self.vae is not None
-        found = {
-            "in_channels": (self.vae.config.latent_dim, "the VAE's latents"),
-            "out_channels": (self.vae.config.latent_dim, "the VAE's latents"),
-            "caption_channels": (t5.channels, "T5's hidden states"),
-            "pooled_projection_dim": (clip.channels, "CLIP's projection"),
-        }
+    def _check_widths(self) -> None:
+        found = self.system.widths(self.model.config, self.vae.config.latent_dim, self._encode(""))
         problems = [
-            f"model.{name} must be {wanted}, the width of {what}, got {getattr(self.model.config, name)}"
-            for name, (wanted, what) in found.items()
-            if getattr(self.model.config, name) != wanted
+            f"model.{name} must be {wanted}, the width of {what}, got {given}"
+            for name, (given, wanted, what) in found.items()
+            if given != wanted
         ]
         if problems:
             raise ValueError("recipe: " + "; ".join(problems))
@@ -243,22 +234,25 @@ class DiTTask(Task):
 
     @torch.no_grad()
     def features(self, video: Tensor) -> Features:
-        """Mean and standard deviation of the scaled latent, in float32."""
-        assert self.vae is not None
+        """Mean and standard deviation of the scaled latent, in float32; the video too if conditions are made of it."""
         mean, logvar = split_moments(self.vae.encode_moments(video.to(self.device, self.dtype)).float())
         config, shape = self.vae.config, (1, -1, 1, 1, 1)
         scale = torch.tensor(config.scale or [1.0], device=mean.device).view(shape)
         shift = torch.tensor(config.shift or [0.0], device=mean.device).view(shape)
-        return {"mean": (mean - shift) * scale, "std": (logvar / 2).exp() * scale.abs()}
+        kept = {"video": video} if self.needs_video else {}
+        return {"mean": (mean - shift) * scale, "std": (logvar / 2).exp() * scale.abs(), **kept}
 
     def feature_kind(self) -> dict[str, Any]:
-        return {"kind": "latent", "vae": folder_fingerprint(self.vae_folder), "precision": str(self.dtype)}
+        kind = {"kind": "latent", "vae": folder_fingerprint(needed(self.parts.vae)), "precision": str(self.dtype)}
+        return {**kind, "video": True} if self.needs_video else kind
 
     def features_are_ready(self) -> None:
         """With latents and captions kept, the encoders are needed no longer."""
         for caption in ["", *(caption for clip in self.dataset.clips for caption in clip.captions)]:
             self._text(caption)
-        self.vae = self.encoders = None
+        self.encoders = None
+        if not self.needs_video:
+            self.vae = None
 
     def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         if "mean" not in batch:
@@ -268,9 +262,13 @@ class DiTTask(Task):
 
     # Captions
 
+    def text(self, captions: Sequence[str]) -> Features:
+        """What the encoders make of the captions, ``(batch, ...)`` each, on the device."""
+        return {name: value.to(self.device) for name, value in stack([self._text(c) for c in captions]).items()}
+
     def _text(self, caption: str) -> Features:
-        """Both encoders' views of one caption, under the model's argument names; ``(...)`` without a batch axis."""
-        caption = clean_caption(caption)
+        """What the encoders make of one caption, ``(...)`` without a batch axis."""
+        caption = self.system.caption(caption)
         if caption in self._texts:
             return self._texts[caption]
         if self.cache is None:
@@ -281,53 +279,39 @@ class DiTTask(Task):
 
     def _encode(self, caption: str) -> Features:
         assert self.encoders is not None
-        t5, clip = self.encoders
-        hidden, mask = t5.encode([caption])
-        return {
-            "encoder_hidden_states": hidden[0],
-            "encoder_attention_mask": mask[0],
-            "pooled_projections": clip.encode([caption])[0],
-        }
+        return {name: value[0] for name, value in self.system.encode_text(self.encoders, caption).items()}
 
     # Training
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents = self._latents(batch, generator)
-        kept = torch.rand(len(latents), generator=generator) >= self.recipe.text.caption_dropout
-        captions = [caption if keep else "" for caption, keep in zip(batch["caption"], kept.tolist(), strict=True)]
-        text = {name: value.to(self.device) for name, value in stack([self._text(c) for c in captions]).items()}
-        options = self.recipe.diffusion
-
-        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            return self.model(x.to(self.dtype), timestep, **text)
-
-        loss = flow_matching_loss(
-            velocity,
-            latents,
-            density=options.density,
-            weighting=options.weighting,
-            shift=options.shift,
-            generator=generator,
-        )
-        return loss, {}
+        text = self.system.draw_text(self, batch["caption"], generator)
+        return self.system.loss(self, latents, text, batch, generator), {}
 
     def save_beside(self, folder: Path) -> None:
-        data, text = self.recipe.data, self.recipe.text
-        averaged = self.recipe.optimizer.ema_decay is not None
-        parts = Parts(
-            transformer=Path("ema" if averaged else "model"),
-            vae=self.vae_folder.resolve(),
-            t5=text.t5 and text.t5.resolve(),
-            clip=text.clip and text.clip.resolve(),
-            num_frames=data.num_frames,
-            height=data.height,
-            width=data.width,
-            fps=data.fps or 24.0,
-            t5_max_length=text.t5_max_length,
-            clip_max_length=text.clip_max_length,
-            prompt_prefix="",  # captions had none
-        )
-        write_parts(parts, folder)
+        write_parts(self.parts, folder)
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """What stands in the ``pipeline.json`` of the run's checkpoints."""
+    data, text = recipe.data, recipe.text
+    if recipe.vae is None or any(getattr(text, name) is None for name in NEEDED[recipe.system] if name != "vae"):
+        names = ", ".join(name if name == "vae" else f"text.{name}" for name in NEEDED[recipe.system])
+        raise ValueError(f"recipe: training a dit needs {names}")
+    return Parts(
+        transformer=Path("model" if recipe.optimizer.ema_decay is None else "ema"),
+        vae=weights_folder(recipe.vae).resolve(),
+        t5=text.t5 and text.t5.resolve(),
+        clip=text.clip and text.clip.resolve(),
+        system=recipe.system,
+        num_frames=data.num_frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps or 24.0,
+        t5_max_length=text.t5_max_length,
+        clip_max_length=text.clip_max_length,
+        prompt_prefix="",  # captions had none
+    )
 
 
 TASKS: dict[str, Callable[..., Task]] = {"vae": VAETask, "dit": DiTTask}
@@ -338,10 +322,11 @@ def build_task(recipe: Recipe, device: torch.device, weights: Path | None = None
     return TASKS[recipe.task](recipe, device, weights)
 
 
-def latent_shape(vae: WFVAE, video: Tensor) -> tuple[int, ...]:
+def latent_shape(vae: Any, video: Tensor) -> tuple[int, ...]:
     """Shape of the latent of a video ``(batch, 3, frames, height, width)``."""
     batch, _, frames, height, width = video.shape
-    return batch, vae.config.latent_dim, (frames - 1) // 8 + 1, height // 8, width // 8
+    factor, side = vae.frames_per_latent, vae.pixels_per_latent
+    return batch, vae.config.latent_dim, (frames - 1) // factor + 1, height // side, width // side
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
@@ -350,8 +335,10 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     config = model_config(recipe)
     with torch.device("meta"):
         model = model_class(recipe)(config)
-    latent = [(data.num_frames - 1) // 8 + 1, data.height // 8, data.width // 8]
-    channels = config.latent_dim if recipe.task == "vae" else config.in_channels
+    system = SYSTEMS[recipe.system]
+    factor, side = system.VAE.frames_per_latent, system.VAE.pixels_per_latent
+    latent = [(data.num_frames - 1) // factor + 1, data.height // side, data.width // side]
+    channels = config.latent_dim if recipe.task == "vae" else system.latent_channels(config)
     facts: dict[str, Any] = {
         "model": loading.to_dict(config),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -361,6 +348,6 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "samples_per_step": batch * recipe.training.accumulation,
     }
     if recipe.task == "dit":
-        facts["tokens"] = latent[0] * (latent[1] // config.patch_size) * (latent[2] // config.patch_size)
+        facts["tokens"] = system.tokens(config, latent)
         facts["text_tokens"] = recipe.text.t5_max_length
     return facts

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from vidgen import ops
 from vidgen.ops.causal_conv3d import wants_channels_last
 
-from .streaming import Stream, last_frames
+from .streaming import Stream
 
 NORM_EPS = 1e-6
+GROUPS = 32
 
 
 class Chain(nn.Sequential):
@@ -55,15 +56,15 @@ class CausalConv3d(nn.Module):
         )
         frames = x.shape[2] + (self.kernel - 1 if front is None else front.shape[2])
         if needed := frames - y.shape[2] * self.stride:
-            stream.keep(self, last_frames(x, needed, front))
+            stream.keep_end(self, x, needed, front)
         return y
 
 
 class FrameConv(nn.Conv2d):
     """3x3 convolution of each frame by itself."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
         if wants_channels_last(x, self.weight):
@@ -86,15 +87,53 @@ class ChannelNorm(nn.Module):
         """SiLU of the normalised ``x``."""
         return ops.layer_norm_silu(x, self.norm.weight, self.norm.bias, eps=NORM_EPS)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """The normalised ``x`` with its channels last, ``(batch, frames, height, width, channels)``."""
+        return self.norm(x.permute(0, 2, 3, 4, 1))
+
+
+class VideoGroupNorm(nn.GroupNorm):
+    """GroupNorm over groups of channels and a whole video: its results depend on all frames, so it has no stream."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels, eps=NORM_EPS)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the normalised ``x``."""
+        return ops.group_norm_silu(x, GROUPS, self.weight, self.bias, eps=NORM_EPS)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The normalised ``x`` with its channels last, ``(batch, frames, height, width, channels)``."""
+        return self(x).permute(0, 2, 3, 4, 1)
+
+
+class FrameGroupNorm(VideoGroupNorm):
+    """GroupNorm of each frame by itself."""
+
+    def silu(self, x: Tensor) -> Tensor:
+        frames = super().silu(x.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def make_norm(kind: str, channels: int, *, frames_apart: bool = False) -> ChannelNorm | VideoGroupNorm:
+    """``"layernorm"`` or ``"groupnorm"``, the latter over whole videos or each frame by itself."""
+    if kind == "layernorm":
+        return ChannelNorm(channels)
+    if kind != "groupnorm":
+        raise ValueError(f"make_norm: kind must be 'layernorm' or 'groupnorm', got {kind!r}")
+    return FrameGroupNorm(channels) if frames_apart else VideoGroupNorm(channels)
+
 
 class ResBlock(nn.Module):
     """``x + conv2(silu(norm2(conv1(silu(norm1(x))))))``, causal in time or, with ``frames_apart``, frame by frame."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, frames_apart: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, frames_apart: bool = False, norm: str = "layernorm"
+    ) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(in_channels)
+        self.norm1 = make_norm(norm, in_channels, frames_apart=frames_apart)
         self.conv1 = _conv3x3(in_channels, out_channels, frames_apart)
-        self.norm2 = ChannelNorm(out_channels)
+        self.norm2 = make_norm(norm, out_channels, frames_apart=frames_apart)
         self.conv2 = _conv3x3(out_channels, out_channels, frames_apart)
         self.nin_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -113,15 +152,14 @@ def _conv3x3(in_channels: int, out_channels: int, frames_apart: bool) -> CausalC
 class FrameAttention(nn.Module):
     """``x + proj_out(attention(norm(x)))`` over the positions of each frame, with one head. It keeps nothing."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, norm: str = "layernorm") -> None:
         super().__init__()
-        self.norm = ChannelNorm(channels)
+        self.norm = make_norm(norm, channels)
         self.q, self.k, self.v, self.proj_out = (CausalConv3d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         batch, channels, frames, height, width = x.shape
-        tokens = x.permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, 1, channels)
-        tokens = self.norm.norm(tokens)
+        tokens = self.norm.tokens(x).reshape(batch * frames, height * width, 1, channels)
         q, k, v = (_pointwise(layer, tokens) for layer in (self.q, self.k, self.v))
         y = _pointwise(self.proj_out, cast(Tensor, ops.attention(q, k, v))).view(batch, frames, height, width, channels)
         return x + y.permute(0, 4, 1, 2, 3)
@@ -143,18 +181,42 @@ class Downsample3D(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)), stream)
 
 
+class Downsample2D(nn.Module):
+    """Halve height and width of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)), stream)
+
+
+class Upsample2D(nn.Module):
+    """Double height and width of each frame: every pixel becomes four, which are then convolved."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv(x.repeat_interleave(2, 3).repeat_interleave(2, 4), stream)
+
+
 class Upsample3D(nn.Module):
     """Double time, height and width: T frames to 2T - 1, interpolated linearly in float32, then convolved.
 
-    The first frame is a still: it is only enlarged. The others, r[0] to r[n-1], are doubled in time with half-pixel
+    The first frame is a still: it is only enlarged. The others, r[0] to r[n-1], are doubled in time. With
+    ``t_interpolation="nearest"`` each stands twice, and nothing is kept. Else they are doubled with half-pixel
     centres: ``out[2i] = r[i-1]/4 + 3 r[i]/4`` and ``out[2i+1] = 3 r[i]/4 + r[i+1]/4``, with r[-1] = r[0] and
     r[n] = r[n-1]. So ``out[2i+1]`` must wait for frame i + 1 or for the end of the video. The last frame is kept;
     with it in front of the next chunk, all outputs between neighbouring frames are known, and those at the outer edge
     of the chunk are wrong (they repeat the edge) and cut off, unless the edge is the video's own.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, t_interpolation: str = "trilinear") -> None:
         super().__init__()
+        self.nearest = t_interpolation == "nearest"
         self.conv = CausalConv3d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -163,10 +225,13 @@ class Upsample3D(nn.Module):
             parts.append(_interpolate(x[:, :, :1], (1, 2, 2)))
             x = x[:, :, 1:]
         previous = stream.recall(self)
-        if x.shape[2]:
+        if x.shape[2] and self.nearest:
+            parts.append(_interpolate(x, (1, 2, 2)).repeat_interleave(2, 2))
+        elif x.shape[2]:
             stream.keep(self, x[:, :, -1:])
             doubled = _interpolate(x if previous is None else torch.cat((previous, x), 2), (2, 2, 2))
-            parts.append(doubled[:, :, None if previous is None else 1 : None if stream.last else -1])
+            start = None if previous is None else stream.given_of_previous
+            parts.append(doubled[:, :, start : None if stream.last else -1])
         return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts, 2), stream)
 
 

@@ -25,6 +25,8 @@ class Stream:
     def __init__(self) -> None:
         self.first = True
         self.last = True
+        # Of the two frames that an upsampler makes of the frame it recalls, so many came with the chunk before.
+        self.given_of_previous = 1
         self._kept: dict[nn.Module, Tensor] = {}
 
     def recall(self, layer: nn.Module) -> Tensor | None:
@@ -35,6 +37,11 @@ class Stream:
         """Remember ``frames`` for the next chunk. They are copied: a view would keep its whole chunk alive."""
         if not self.last:
             self._kept[layer] = frames.clone()
+
+    def keep_end(self, layer: nn.Module, x: Tensor, count: int, before: Tensor | None) -> None:
+        """Remember the last ``count`` frames of ``cat(before, x)``, see :func:`last_frames`."""
+        if not self.last:
+            self.keep(layer, last_frames(x, count, before))
 
 
 def last_frames(x: Tensor, count: int, before: Tensor | None) -> Tensor:

@@ -19,8 +19,8 @@ from .streaming import Stream
 
 FILTER_CONSTANT = 0.3536  # as released; 8 ** -0.5 would be exact
 BANDS = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
-ENCODER_MODULES = tuple(f"encoder.wavelet_transform_{place}" for place in ("in", "l1", "l2"))
-DECODER_MODULES = tuple(f"decoder.inverse_wavelet_transform_{place}" for place in ("out", "l1", "l2"))
+FILTER_CONSTANT_2D = 0.5
+BANDS_2D = ("aa", "ad", "da", "dd")
 
 
 def haar_taps() -> dict[str, Tensor]:
@@ -30,6 +30,15 @@ def haar_taps() -> dict[str, Tensor]:
     for name, (time, height, width) in zip(BANDS, product((0, 1), repeat=3), strict=True):
         cube = signs[time][:, None, None] * signs[height][:, None] * signs[width]
         taps[name] = (cube.sign() * FILTER_CONSTANT)[None, None]
+    return taps
+
+
+def haar_taps_2d() -> dict[str, Tensor]:
+    """The filter ``(1, 1, 2, 2)`` of each band of a frame; "ad" alternates along the height, "da" along the width."""
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
+    taps = {}
+    for name, (width, height) in zip(BANDS_2D, product((0, 1), repeat=2), strict=True):
+        taps[name] = (signs[height][:, None] * signs[width] * FILTER_CONSTANT_2D)[None, None]
     return taps
 
 
@@ -67,18 +76,44 @@ class InverseHaar3D(nn.Module):
         return ops.inverse_haar_3d(y, filter_constant=FILTER_CONSTANT, drop_first_frame=stream.first)
 
 
-def all_taps() -> dict[str, Tensor]:
-    """The taps of a whole WFVAE by their names in its state dict."""
-    taps = haar_taps()
-    encoder = {f"{module}.{name}_conv.conv.weight": taps[name] for module in ENCODER_MODULES for name in BANDS}
-    return encoder | {f"{module}.{name}": taps[name] for module in DECODER_MODULES for name in BANDS}
+class Haar2D(nn.Module):
+    """Four bands of each frame at half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, taps in haar_taps_2d().items():
+            self.register_buffer(name, taps)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return ops.haar_2d(x, filter_constant=FILTER_CONSTANT_2D)
 
 
-def check_taps(state: Mapping[str, Any]) -> None:
+class InverseHaar2D(Haar2D):
+    """The frames of four bands."""
+
+    def forward(self, y: Tensor, stream: Stream) -> Tensor:
+        return ops.inverse_haar_2d(y, filter_constant=FILTER_CONSTANT_2D)
+
+
+def all_taps(*, frames_apart: bool = False) -> dict[str, Tensor]:
+    """The taps of a whole WFVAE by their names in its state dict; ``frames_apart``: those of level 1 are 2-D."""
+    cubes, squares = haar_taps(), haar_taps_2d()
+    found = {}
+    for place in ("in", "l1", "l2"):
+        flat = frames_apart and place == "l1"
+        for name, taps in (squares if flat else cubes).items():
+            found[f"encoder.wavelet_transform_{place}.{name}" + ("" if flat else "_conv.conv.weight")] = taps
+    for place in ("out", "l1", "l2"):
+        for name, taps in (squares if frames_apart and place == "l1" else cubes).items():
+            found[f"decoder.inverse_wavelet_transform_{place}.{name}"] = taps
+    return found
+
+
+def check_taps(state: Mapping[str, Any], *, frames_apart: bool = False) -> None:
     """Raise ValueError if ``state`` has taps that differ by more than the rounding of 16-bit formats."""
-    for name, taps in all_taps().items():
+    for name, taps in all_taps(frames_apart=frames_apart).items():
         given = state.get(name)
         if isinstance(given, Tensor) and not (
             given.shape == taps.shape and torch.allclose(given.float(), taps, rtol=4e-3, atol=0)
         ):
-            raise ValueError(f"WFVAE: {name} must be the Haar taps of magnitude {FILTER_CONSTANT}, got others")
+            raise ValueError(f"WFVAE: {name} must be the Haar taps of magnitude {float(taps.max()):.4g}, got others")

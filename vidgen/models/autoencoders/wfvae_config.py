@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of the WFVAE, in the field names of Open-Sora Plan v1.5."""
+"""Configuration of the WFVAE, in the field names of Open-Sora Plan v1.3 and v1.5."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vidgen import config as loading
 
@@ -23,20 +23,32 @@ RELEASED_SHIFT = (
 )
 # fmt: on
 
-# The original's switches, each with the one value that makes the 8x8x8 model.
-REQUIRED_SWITCHES = {
-    "norm_type": "layernorm",
-    "t_interpolation": "trilinear",
-    "l1_downsample_block": "Spatial2xTime2x3DDownsample",
+SCALE_4X8X8 = 0.18215  # of every channel of the released 4x8x8 model; shift 0
+
+# The original's switches, with the values that make the two models there are: blocks of level 1 that treat frames apart
+# or together.
+LEVEL_1_SWITCHES = {
+    (8, 8, 8): {
+        "l1_downsample_block": "Spatial2xTime2x3DDownsample",
+        "l1_upsample_block": "Spatial2xTime2x3DUpsample",
+        "l1_downsample_wavelet": "HaarWaveletTransform3D",
+        "l1_upsample_wavelet": "InverseHaarWaveletTransform3D",
+    },
+    (4, 8, 8): {
+        "l1_downsample_block": "Downsample",
+        "l1_upsample_block": "Upsample",
+        "l1_downsample_wavelet": "HaarWaveletTransform2D",
+        "l1_upsample_wavelet": "InverseHaarWaveletTransform2D",
+    },
+}
+LEVEL_2_SWITCHES = {
     "l2_downsample_block": "Spatial2xTime2x3DDownsample",
-    "l1_upsample_block": "Spatial2xTime2x3DUpsample",
     "l2_upsample_block": "Spatial2xTime2x3DUpsample",
-    "l1_downsample_wavelet": "HaarWaveletTransform3D",
     "l2_downsample_wavelet": "HaarWaveletTransform3D",
-    "l1_upsample_wavelet": "InverseHaarWaveletTransform3D",
     "l2_upsample_wavelet": "InverseHaarWaveletTransform3D",
 }
-OPTIONAL_SWITCHES = {"model_id": "wfvae", "dropout": 0.0, "vae_scale_factor": [8, 8, 8]}
+OPTIONAL_SWITCHES = {"model_id": "wfvae", "dropout": 0.0, "attention_type": "AttnBlock3DFix"}
+GROUPS = 32  # of the norms of kind groupnorm
 # How the original runs the model, not what it is.
 WITHOUT_EFFECT = {"use_tiling", "from_pretrained", "dtype"}
 MISSPELLED = {"l1_dowmsample_block": "l1_downsample_block", "l2_dowmsample_block": "l2_downsample_block"}
@@ -44,7 +56,7 @@ MISSPELLED = {"l1_dowmsample_block": "l1_downsample_block", "l2_dowmsample_block
 
 @dataclass(frozen=True)
 class WFVAEConfig:
-    """Sizes of the 8x8x8 WFVAE; the defaults are the release's, but for the statistics of its latents.
+    """Sizes of a WFVAE; the defaults are those of the 8x8x8 release, but for the statistics of its latents.
 
     Args:
         latent_dim: channels of the latent. The encoder returns twice as many moments.
@@ -55,6 +67,9 @@ class WFVAEConfig:
         connect_res_layer_num: residual blocks of each such path in the decoder.
         use_attention: attention within each frame at the deepest level.
         scale, shift: for each latent channel, ``latent = (sample - shift) * scale``; empty means 1 and 0.
+        vae_scale_factor: frames, rows and columns for each of the latent's: (8, 8, 8) or (4, 8, 8).
+        norm_type: ``"layernorm"`` over channels, or ``"groupnorm"`` over whole videos, which has no exact chunks.
+        t_interpolation: how frames are doubled, ``"trilinear"`` or ``"nearest"``.
 
     Raises:
         ValueError: lists everything that is wrong with the values.
@@ -70,8 +85,12 @@ class WFVAEConfig:
     use_attention: bool = True
     scale: tuple[float, ...] = ()
     shift: tuple[float, ...] = ()
+    vae_scale_factor: tuple[int, int, int] = (8, 8, 8)
+    norm_type: Literal["layernorm", "groupnorm"] = "layernorm"
+    t_interpolation: Literal["trilinear", "nearest"] = "trilinear"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vae_scale_factor", tuple(self.vae_scale_factor))
         object.__setattr__(self, "scale", tuple(self.scale))
         object.__setattr__(self, "shift", tuple(self.shift))
         if problems := self.problems():
@@ -93,27 +112,45 @@ class WFVAEConfig:
             count = len(getattr(self, name))
             if count not in (0, self.latent_dim):
                 found.append(f"{name} must have latent_dim={self.latent_dim} values or none, got {count}")
+        if self.vae_scale_factor not in LEVEL_1_SWITCHES:
+            found.append(f"vae_scale_factor must be one of {list(LEVEL_1_SWITCHES)}, got {self.vae_scale_factor}")
+        for name, choices in (
+            ("norm_type", ("layernorm", "groupnorm")),
+            ("t_interpolation", ("trilinear", "nearest")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                found.append(f"{name} must be one of {choices}, got {value!r}")
+        if self.norm_type == "groupnorm":
+            widths = ("base_channels", "encoder_energy_flow_hidden_size", "decoder_energy_flow_hidden_size")
+            found += [
+                f"{name} must be a multiple of {GROUPS} for norm_type='groupnorm', got {value}"
+                for name in widths
+                if (value := getattr(self, name)) % GROUPS
+            ]
         if 0 in self.scale:
             found.append("scale must not be 0 in any channel")
         return found
 
     @classmethod
     def from_original(cls, original: Mapping[str, Any]) -> WFVAEConfig:
-        """Read the ``ae`` section of an Open-Sora Plan v1.5 model JSON, ``l1_dowmsample_block`` and all.
+        """Read the ``ae`` section of an Open-Sora Plan v1.5 model JSON, or the ``config.json`` of a v1.3 VAE.
 
         Raises:
-            ValueError: lists unknown and absent fields, and those that make another variant than 8x8x8.
+            ValueError: lists unknown and absent fields, and switches that make neither of the two models.
         """
-        values = {MISSPELLED.get(name, name): value for name, value in original.items()}
-        needed = [*(field.name for field in dataclasses.fields(cls)), *REQUIRED_SWITCHES]
+        values = {MISSPELLED.get(name, name): value for name, value in original.items() if not name.startswith("_")}
+        flat = values.get("l1_downsample_wavelet") == LEVEL_1_SWITCHES[4, 8, 8]["l1_downsample_wavelet"]
+        factor = (4, 8, 8) if flat else (8, 8, 8)
+        required = {**LEVEL_1_SWITCHES[factor], **LEVEL_2_SWITCHES}
+        needed = [*(field.name for field in dataclasses.fields(cls) if field.name != "vae_scale_factor"), *required]
         problems = [f"{name} is missing" for name in needed if name not in values]
-        switches = {**REQUIRED_SWITCHES, **OPTIONAL_SWITCHES}
+        switches = {**required, **OPTIONAL_SWITCHES, "vae_scale_factor": list(factor)}
         for name, wanted in switches.items():
             if name in values and values[name] != wanted:
                 problems.append(f"{name} must be {wanted!r}, got {values[name]!r}")
         kept = {k: v for k, v in values.items() if k not in switches and k not in WITHOUT_EFFECT}
         try:
-            result = loading.load(cls, kept)
+            result = loading.load(cls, {**kept, "vae_scale_factor": list(factor)})
         except loading.ConfigError as error:
             problems += error.problems
         if problems:
@@ -124,6 +161,16 @@ class WFVAEConfig:
 PRESETS = {
     # 227,035,816 parameters, of which 192 are the frozen wavelet taps of the encoder
     "released": WFVAEConfig(scale=RELEASED_SCALE, shift=RELEASED_SHIFT),
+    # Open-Sora Plan v1.3
+    "released_4x8x8": WFVAEConfig(
+        latent_dim=8,
+        base_channels=128,
+        encoder_energy_flow_hidden_size=64,
+        connect_res_layer_num=2,
+        scale=(SCALE_4X8X8,) * 8,
+        shift=(0.0,) * 8,
+        vae_scale_factor=(4, 8, 8),
+    ),
     # Trains on two processor cores in minutes
     "small": WFVAEConfig(
         latent_dim=8,
@@ -141,6 +188,24 @@ PRESETS = {
         decoder_num_resblocks=1,
         encoder_energy_flow_hidden_size=4,
         decoder_energy_flow_hidden_size=4,
+    ),
+    "small_4x8x8": WFVAEConfig(
+        latent_dim=8,
+        base_channels=16,
+        encoder_num_resblocks=1,
+        decoder_num_resblocks=1,
+        encoder_energy_flow_hidden_size=16,
+        decoder_energy_flow_hidden_size=16,
+        vae_scale_factor=(4, 8, 8),
+    ),
+    "tiny_4x8x8": WFVAEConfig(
+        latent_dim=4,
+        base_channels=4,
+        encoder_num_resblocks=1,
+        decoder_num_resblocks=1,
+        encoder_energy_flow_hidden_size=4,
+        decoder_energy_flow_hidden_size=4,
+        vae_scale_factor=(4, 8, 8),
     ),
 }
 

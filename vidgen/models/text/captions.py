@@ -8,6 +8,7 @@ import re
 
 OPENSORA_PLAN_V1_5_PREFIX = "high quality, "
 
+_ENDS_WITH_FPS = re.compile(r"\d+ FPS\.$")
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 _REMOVED = re.compile(
     r"</?[a-z][^<>]*>"  # HTML tags
@@ -37,6 +38,36 @@ def opensora_plan_v1_5_prompt(caption: str) -> str:
     Negative prompts have no such prefix: clean them with ``clean_caption``.
     """
     return clean_caption(OPENSORA_PLAN_V1_5_PREFIX + caption)
+
+
+def opensora_v2_prompt(caption: str, *, fps: int | None = 24, motion_score: int | str | None = 4) -> str:
+    """The prompt that Open-Sora 2.0 samples with: ``"raining, sea"`` to ``"raining, sea. 24 FPS. 4 motion score."``.
+
+    The caption is otherwise left as it is: neither cleaned nor put in lower case.
+
+    Args:
+        caption: with a frame rate, it is stripped and ends with a period; a frame rate that it ends with is kept.
+        fps: frames per second of the video; None says nothing of them.
+        motion_score: how much moves, about 1 to 7; None says nothing of it.
+    """
+    if fps is not None:
+        caption = caption.strip()
+        caption += "" if caption.endswith(".") else "."
+        caption += "" if _ENDS_WITH_FPS.search(caption) else f" {fps} FPS."
+    return caption if motion_score is None else f"{caption} {motion_score} motion score."
+
+
+def opensora_v2_training_caption(caption: str, *, fps: int | None = None, motion_score: float | None = None) -> str:
+    """The caption that Open-Sora 2.0 trains with: ``"a cat"`` to ``"a cat 24 FPS, 4 motion score."``.
+
+    Args:
+        caption: as it is; no period is added.
+        fps: frames per second of the clip after frames were left out, None for an image.
+        motion_score: as it was measured; rounded.
+    """
+    facts = [f"{fps} FPS"] if fps is not None else []
+    facts += [f"{int(motion_score + 0.5)} motion score"] if motion_score is not None else []
+    return f"{caption} {', '.join(facts)}." if facts else caption
 
 
 def _clean_once(caption: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text half of CLIP (arXiv 2103.00020): one projected vector per caption."""
+"""The text half of CLIP (arXiv 2103.00020): one vector per caption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .folder import import_transformers, load_model, load_tokenizer, tokenize
 
 
 class CLIPTextEncoder(nn.Module):
-    """Captions to pooled vectors. Open-Sora Plan v1.5 uses CLIP ViT-bigG/14 (1280 channels), 77 tokens."""
+    """Captions to pooled vectors. Open-Sora Plan v1.5 uses CLIP ViT-bigG/14 (1280 channels), 77 tokens.
+
+    Open-Sora 2.0 uses the vectors of CLIP ViT-L/14 (768 channels) before their projection.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 77) -> None:
         super().__init__()
@@ -31,6 +34,7 @@ class CLIPTextEncoder(nn.Module):
         *,
         tokenizer_folder: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        projected: bool = True,
     ) -> CLIPTextEncoder:
         """Load a local Hugging Face folder: ``config.json``, ``*.safetensors`` and the tokenizer's files.
 
@@ -39,6 +43,7 @@ class CLIPTextEncoder(nn.Module):
             max_length: tokens that every caption is padded or cut to, at most the model's number of positions.
             tokenizer_folder: where the tokenizer lies, if not beside the model.
             dtype: of the weights.
+            projected: multiply by the projection into the space of images; False takes a model without one.
 
         Raises:
             ImportError: transformers is not installed.
@@ -46,16 +51,18 @@ class CLIPTextEncoder(nn.Module):
             ValueError: the weights do not fill the model, or it has fewer positions than ``max_length``.
         """
         transformers = import_transformers(cls.__name__)
-        model = load_model(transformers.CLIPTextModelWithProjection, Path(folder), cls.__name__)
+        kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+        model = load_model(kind, Path(folder), cls.__name__)
         return cls(model.to(dtype), load_tokenizer(Path(tokenizer_folder or folder), cls.__name__), max_length)
 
     @property
     def channels(self) -> int:
-        return int(self.model.config.projection_dim)
+        config = self.model.config
+        return int(config.projection_dim if hasattr(self.model, "text_projection") else config.hidden_size)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Projected vector at the end-of-text token, ``(batch, channels)``.
+        """The vector at the end-of-text token, ``(batch, channels)``.
 
         No attention mask is passed, as the released model was trained; attention is causal, so the padding after the
         end of the text has no effect anyway.
@@ -64,4 +71,5 @@ class CLIPTextEncoder(nn.Module):
             ValueError: ``captions`` is not a non-empty list of strings.
         """
         tokens = tokenize(self.tokenizer, captions, self.max_length, "CLIPTextEncoder")
-        return self.model(input_ids=tokens["input_ids"].to(self.model.device)).text_embeds
+        output = self.model(input_ids=tokens["input_ids"].to(self.model.device))
+        return output.text_embeds if "text_embeds" in output else output.pooler_output

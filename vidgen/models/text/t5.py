@@ -14,13 +14,17 @@ from .folder import import_transformers, load_model, load_tokenizer, tokenize
 
 
 class T5TextEncoder(nn.Module):
-    """Captions to hidden states and mask. Open-Sora Plan v1.5 uses T5-v1.1-XL (2048 channels), 512 tokens."""
+    """Captions to hidden states and mask. Open-Sora Plan v1.5 uses T5-v1.1-XL (2048 channels), 512 tokens.
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int = 512) -> None:
+    CogVideoX and Open-Sora 2.0 use T5-v1.1-XXL (4096 channels) with ``mask_padding=False``, 226 and 512 tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int = 512, *, mask_padding: bool = True) -> None:
         super().__init__()
         if max_length < 1:
             raise ValueError(f"T5TextEncoder: max_length must be at least 1, got {max_length}")
         self.model, self.tokenizer, self.max_length = model.eval().requires_grad_(False), tokenizer, max_length
+        self.mask_padding = mask_padding
 
     @classmethod
     def from_pretrained(
@@ -30,6 +34,7 @@ class T5TextEncoder(nn.Module):
         *,
         tokenizer_folder: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        mask_padding: bool = True,
     ) -> T5TextEncoder:
         """Load a local Hugging Face folder: ``config.json``, ``*.safetensors`` and the tokenizer's files.
 
@@ -38,6 +43,8 @@ class T5TextEncoder(nn.Module):
             max_length: tokens that every caption is padded or cut to.
             tokenizer_folder: where the tokenizer lies, if not beside the model.
             dtype: of the weights; T5 overflows in float16, bfloat16 is safe.
+            mask_padding: hide the padding from the encoder's attention, as its training did; False lets every token
+                see it, as models that attend to the padding were trained.
 
         Raises:
             ImportError: transformers is not installed.
@@ -46,7 +53,8 @@ class T5TextEncoder(nn.Module):
         """
         transformers = import_transformers(cls.__name__)
         model = load_model(transformers.T5EncoderModel, Path(folder), cls.__name__)
-        return cls(model.to(dtype), load_tokenizer(Path(tokenizer_folder or folder), cls.__name__), max_length)
+        tokenizer = load_tokenizer(Path(tokenizer_folder or folder), cls.__name__)
+        return cls(model.to(dtype), tokenizer, max_length, mask_padding=mask_padding)
 
     @property
     def channels(self) -> int:
@@ -56,8 +64,7 @@ class T5TextEncoder(nn.Module):
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Hidden states ``(batch, max_length, channels)`` and mask ``(batch, max_length)`` bool, True = real token.
 
-        Padding is hidden from the encoder's attention. The empty caption still has one real token, the end of the
-        sequence.
+        The empty caption still has one real token, the end of the sequence.
 
         Raises:
             ValueError: ``captions`` is not a non-empty list of strings.
@@ -65,5 +72,6 @@ class T5TextEncoder(nn.Module):
         tokens = tokenize(self.tokenizer, captions, self.max_length, "T5TextEncoder")
         device = self.model.device
         mask = tokens["attention_mask"].to(device)
-        hidden = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        seen = mask if self.mask_padding else torch.ones_like(mask)
+        hidden = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=seen).last_hidden_state
         return hidden, mask.bool()

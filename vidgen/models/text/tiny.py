@@ -14,7 +14,13 @@ from .folder import import_transformers
 
 
 def save_tiny_text_encoders(
-    folder: str | Path, *, t5_channels: int = 64, clip_channels: int = 64, seed: int = 0
+    folder: str | Path,
+    *,
+    t5_channels: int = 64,
+    clip_channels: int = 64,
+    clip_projected: bool = True,
+    multilingual: bool = False,
+    seed: int = 0,
 ) -> tuple[Path, Path]:
     """Write ``folder/t5`` and ``folder/clip``, Hugging Face folders that ``from_pretrained`` loads.
 
@@ -23,7 +29,9 @@ def save_tiny_text_encoders(
 
     Args:
         t5_channels: width of the hidden states, a multiple of 4.
-        clip_channels: width of the projected vector.
+        clip_channels: width of CLIP's vector, without projection a multiple of 4.
+        clip_projected: CLIP with a projection (Open-Sora Plan 1.5) or without (Open-Sora 2.0).
+        multilingual: mT5 in the place of T5 (Open-Sora Plan 1.3).
         seed: of the weights; the same seed gives the same files' contents, whatever the global generator's state.
 
     Returns:
@@ -33,7 +41,7 @@ def save_tiny_text_encoders(
         ValueError: widths that do not fit.
         ImportError: transformers is not installed.
     """
-    if t5_channels < 4 or t5_channels % 4 or clip_channels < 1:
+    if t5_channels < 4 or t5_channels % 4 or clip_channels < 1 or (clip_channels % 4 and not clip_projected):
         raise ValueError(
             "save_tiny_text_encoders: t5_channels must be a multiple of 4 and clip_channels positive, "
             f"got {t5_channels} and {clip_channels}"
@@ -42,11 +50,13 @@ def save_tiny_text_encoders(
     t5_folder, clip_folder = Path(folder) / "t5", Path(folder) / "clip"
 
     vocabulary = _save_tokenizer(t5_folder, ["<pad>", "</s>"], "$A </s>", pad="<pad>", eos="</s>", max_length=512)
-    t5_config = transformers.T5Config(
+    t5_kind = transformers.MT5Config if multilingual else transformers.T5Config
+    t5_config = t5_kind(
         vocab_size=vocabulary, d_model=t5_channels, d_kv=t5_channels // 4, d_ff=2 * t5_channels, num_layers=2,
         num_heads=4, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    _save_model(transformers.T5EncoderModel, t5_config, t5_folder, seed)
+    t5_model = transformers.MT5EncoderModel if multilingual else transformers.T5EncoderModel
+    _save_model(t5_model, t5_config, t5_folder, seed)
 
     start, end = "<|startoftext|>", "<|endoftext|>"
     # CLIP pads with its end token and takes the vector at the first one
@@ -54,10 +64,12 @@ def save_tiny_text_encoders(
         clip_folder, [start, end], f"{start} $A {end}", pad=end, eos=end, bos=start, max_length=77
     )
     clip_config = transformers.CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=clip_channels, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        vocab_size=vocabulary, hidden_size=64 if clip_projected else clip_channels, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, projection_dim=clip_channels, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
     )  # fmt: skip
-    _save_model(transformers.CLIPTextModelWithProjection, clip_config, clip_folder, seed + 1)
+    clip_model = transformers.CLIPTextModelWithProjection if clip_projected else transformers.CLIPTextModel
+    _save_model(clip_model, clip_config, clip_folder, seed + 1)
     return t5_folder, clip_folder
 
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of one gloo group that stay alive and run the functions of cases.py by name.
+
+This file is also the program that the processes run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 90  # of a collective, and of a case
+
+
+class Pool:
+    """``run(case, ranks, ...)`` returns what the case returned on each rank. Starts with the first case."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        self.folder, self.world, self.starts = folder, world, 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection[Any, Any]] = []
+
+    def run(self, case: str, ranks: int, **arguments: Any) -> list[Any]:
+        if not self.processes:
+            self.start()
+        for connection in self.connections[:ranks]:
+            connection.send((case, ranks, arguments))
+        replies = []
+        for rank, connection in enumerate(self.connections[:ranks]):
+            if not connection.poll(TIMEOUT_S + 30):
+                self.stop()
+                raise TimeoutError(f"{case} {arguments}: rank {rank} of {ranks} gave no answer")
+            replies.append(connection.recv())
+        if failures := [f"rank {rank}: {reply}" for rank, (ok, reply) in enumerate(replies) if not ok]:
+            self.stop()  # the group may be out of step
+            raise AssertionError(f"{case} {arguments}\n" + "\n".join(failures))
+        return [reply for _, reply in replies]
+
+    def start(self) -> None:
+        self.starts += 1
+        store = self.folder / f"store{self.starts}"
+        package = Path(__file__).parents[2]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), *sys.path]), "OMP_NUM_THREADS": "1"}
+        with Listener(family="AF_UNIX") as listener:
+            for rank in range(self.world):
+                command = [sys.executable, __file__, str(listener.address), str(rank), str(self.world), str(store)]
+                self.processes.append(subprocess.Popen(command, env=environment))
+            arrived = {}
+            for _ in range(self.world):
+                connection = listener.accept()
+                arrived[connection.recv()] = connection
+        self.connections = [arrived[rank] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            connection.close()  # ends the worker
+        for process in self.processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes, self.connections = [], []
+
+
+def serve(address: str, rank: int, world: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
+    assert spec is not None and spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    groups = {ranks: dist.new_group(range(ranks), timeout=timeout) for ranks in range(1, world + 1)}
+    with Client(address) as connection:
+        connection.send(rank)
+        while True:
+            try:
+                case, ranks, arguments = connection.recv()
+            except EOFError:
+                break
+            try:
+                reply = True, getattr(cases, case)(groups[ranks], **arguments)
+            except Exception:
+                reply = False, traceback.format_exc()
+            connection.send(reply)
+    os._exit(0)  # the others may be gone: nothing to say goodbye to
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

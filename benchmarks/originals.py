@@ -226,6 +226,11 @@ def skiparse_attention(
     return [visual] if text_q is None else [visual, out[:, :, places:].mean(1)]
 
 
+def skiparse_groups(x: Tensor, text: Tensor | None, sparse_n: int, pattern: str) -> Tensor:
+    groups = to_groups(x, sparse_n, pattern)
+    return groups if text is None else torch.cat((groups, text[:, None].repeat(1, sparse_n, 1, 1, 1)), 2)
+
+
 def in_token_order(q: Tensor, k: Tensor, v: Tensor, sparse_n: int, *rest: Any) -> tuple[Any, ...]:
     *rest, grouped, tokens = rest  # type: ignore[assignment]
     if grouped:
@@ -352,4 +357,5 @@ ORIGINALS = {
     ),
     "rope_3d": Original(rope_3d, prepare=lambda x, *rest: (x, *rotation(*rest))),
     "skiparse_attention": Original(skiparse_attention, prepare=in_token_order),
+    "skiparse_groups": Original(skiparse_groups),
 }

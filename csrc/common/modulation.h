@@ -41,11 +41,12 @@ void each_token(const at::Tensor& x, F f) {
   });
 }
 
-// out = normalise(x) * (1 + scale) + shift; weight and bias are null where the norm has none. out may be x.
+// out = normalise(x) * (1 + scale) + shift, from the sum of x; weight and bias are null where the norm has none. out
+// may be x.
 template <typename T>
-void modulate_row(T* out, const T* x, const T* shift, const T* scale, const T* weight, const T* bias, int64_t channels,
-                  float eps) {
-  const Moments moments = row_moments(x, channels, eps);
+void modulate_row(T* out, const T* x, float x_sum, const T* shift, const T* scale, const T* weight, const T* bias,
+                  int64_t channels, float eps) {
+  const Moments moments = row_moments(x, x_sum, channels, eps);
   const Vec mean(moments.mean), rstd(moments.rstd), one(1.0f);
   each_pack(channels, [&](int64_t c, auto count) VIDGEN_INLINE {
     Pack y = (load_pack(x + c, count) - mean) * rstd;
@@ -55,12 +56,43 @@ void modulate_row(T* out, const T* x, const T* shift, const T* scale, const T* w
   });
 }
 
+// x + gate * y, rounded twice as eager PyTorch in float32 does: a norm that follows would magnify any difference.
+template <typename T, typename Count>
+C10_ALWAYS_INLINE Pack gated(const T* x, const T* gate, const T* y, Count count) {
+  return load_pack(x, count) + load_pack(gate, count) * load_pack(y, count);
+}
+
+// Asks for the cache lines of a pack ahead of their use; past the end of memory it does nothing.
+template <bool for_writing, typename T>
+C10_ALWAYS_INLINE void prefetch_pack(const T* at) {
+  for (int64_t c = 0; c < kWidth; c += 64 / sizeof(T)) __builtin_prefetch(at + c, for_writing);
+}
+
 // out = x + gate * y. out may be x or y.
 template <typename T>
 void gate_row(T* out, const T* x, const T* gate, const T* y, int64_t channels) {
+  constexpr int64_t kAhead = 2048 / sizeof(T);
   each_pack(channels, [&](int64_t c, auto count) VIDGEN_INLINE {
-    store_pack(out + c, fmadd(load_pack(gate + c, count), load_pack(y + c, count), load_pack(x + c, count)), count);
+    prefetch_pack<false>(x + c + kAhead);
+    prefetch_pack<false>(y + c + kAhead);
+    prefetch_pack<true>(out + c + kAhead);
+    store_pack(out + c, gated(x + c, gate + c, y + c, count), count);
   });
+}
+
+// The same, and the sum of what was written, as row_sum has it. out may be x or y.
+template <typename T>
+float gate_row_sum(T* out, const T* x, const T* gate, const T* y, int64_t channels) {
+  if (channels % kWidth != 0) {
+    each_pack(channels, [&](int64_t c, auto count)
+                            VIDGEN_INLINE { store_pack(out + c, gated(x + c, gate + c, y + c, count), count); });
+    return row_sum(out, channels);
+  }
+  Pack total = splat(0);
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    total = total + store_rounded(out + c, gated(x + c, gate + c, y + c, Whole{}));
+  }
+  return sum(total);
 }
 
 }  // namespace

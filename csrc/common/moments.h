@@ -7,6 +7,7 @@
 #include <cmath>
 #include <optional>
 
+#include "common/blocks.h"
 #include "common/pack.h"
 
 namespace vidgen {
@@ -39,9 +40,34 @@ struct Moments {
 };
 
 template <typename T>
-C10_ALWAYS_INLINE Moments row_moments(const T* x, int64_t channels, float eps) {
-  const float mean = row_sum(x, channels) / channels;
+C10_ALWAYS_INLINE Moments row_moments(const T* x, float sum, int64_t channels, float eps) {
+  const float mean = sum / channels;
   return {mean, 1.0f / std::sqrt(row_squares(x, channels, mean) / channels + eps)};
+}
+template <typename T>
+C10_ALWAYS_INLINE Moments row_moments(const T* x, int64_t channels, float eps) {
+  return row_moments(x, row_sum(x, channels), channels, eps);
+}
+
+struct PackMoments {
+  Pack mean, rstd;
+};
+
+// Of a pack of columns, side by side: the next element of each is `stride` further on. Sums along a column are long
+// chains, so the mean that they give is corrected by the mean distance from it.
+template <typename T, typename Count>
+C10_ALWAYS_INLINE PackMoments column_moments(const T* x, int64_t length, int64_t stride, float eps, Count count) {
+  const Vec share(1.0f / length), one(1.0f);
+  Pack total = splat(0), distance = splat(0), squares = splat(0);
+  for (int64_t i = 0; i < length; ++i) total = total + load_pack(x + i * stride, count);
+  const Pack near = total * share;
+  for (int64_t i = 0; i < length; ++i) {
+    const Pack centred = load_pack(x + i * stride, count) - near;
+    distance = distance + centred;
+    squares = fmadd(centred, centred, squares);
+  }
+  const Pack correction = distance * share, variance = squares * share - correction * correction;
+  return {near + correction, map(variance + Vec(eps), [&](const Vec& v) VIDGEN_INLINE { return one / v.sqrt(); })};
 }
 
 // Moments of more than a cache holds: gathered from blocks, of which each is read twice while it is near.
@@ -60,6 +86,17 @@ class Spread {
  private:
   double mean_ = 0, squares_ = 0, count_ = 0;
 };
+
+template <typename T>
+Moments group_moments(const T* x, int64_t count, double eps) {
+  Spread spread;
+  for (int64_t i = 0; i < count; i += kBlockElements) {
+    const int64_t n = std::min(kBlockElements, count - i);
+    const float mean = row_sum(x + i, n) / n;
+    spread.add(mean, row_squares(x + i, n, mean), n);
+  }
+  return spread.moments(eps);
+}
 
 }  // namespace
 }  // namespace CPU_CAPABILITY

@@ -35,6 +35,10 @@ C10_ALWAYS_INLINE Pack fmadd(const Pack& x, const Pack& y, const Pack& z) {
   using at::vec::fmadd;
   return {fmadd(x.a, y.a, z.a), fmadd(x.b, y.b, z.b), fmadd(x.c, y.c, z.c), fmadd(x.d, y.d, z.d)};
 }
+C10_ALWAYS_INLINE Pack fmadd(const Pack& x, const Vec& y, const Vec& z) {
+  using at::vec::fmadd;
+  return {fmadd(x.a, y, z), fmadd(x.b, y, z), fmadd(x.c, y, z), fmadd(x.d, y, z)};
+}
 template <typename F>
 C10_ALWAYS_INLINE Pack map(const Pack& x, F f) {
   return {f(x.a), f(x.b), f(x.c), f(x.d)};
@@ -94,6 +98,25 @@ C10_ALWAYS_INLINE void store_pack(T* to, const Pack& x, Whole = {}) {
     Wide wide;
     wide[0] = x.a, wide[1] = x.b, wide[2] = x.c, wide[3] = x.d;
     store_row(to, wide);
+  }
+}
+
+// Stores x and returns what was stored.
+template <typename T>
+C10_ALWAYS_INLINE Pack store_rounded(T* to, const Pack& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    store_pack(to, x);
+    return x;
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const Words first = join(x.a, x.b), second = join(x.c, x.d);
+    first.store(to);
+    second.store(to + 2 * Vec::size());
+    const auto [a, b] = part(first);
+    const auto [c, d] = part(second);
+    return {a, b, c, d};
+  } else {
+    store_pack(to, x);
+    return load_pack(to);
   }
 }
 

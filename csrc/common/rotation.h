@@ -106,10 +106,19 @@ struct Eight {
   void store(float* to) const { std::copy_n(lanes, kEight, to); }
 };
 
+// x * y + z, rounded once where the instruction set can. Compilers are told not to fuse by themselves.
+C10_ALWAYS_INLINE float fmadd(float x, float y, float z) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
 // gain (x c + y s). Compilers make a few vector instructions of the loop.
 inline Eight combine(const Eight& x, const Eight& c, const Eight& y, const Eight& s, float gain) {
   Eight sum = x;
-  for (int64_t i = 0; i < kEight; ++i) sum.lanes[i] = gain * (x.lanes[i] * c.lanes[i] + y.lanes[i] * s.lanes[i]);
+  for (int64_t i = 0; i < kEight; ++i) sum.lanes[i] = gain * fmadd(x.lanes[i], c.lanes[i], y.lanes[i] * s.lanes[i]);
   return sum;
 }
 
@@ -149,7 +158,8 @@ inline void rotate_interleaved(Heads heads, const Turn& turn, int64_t at) {
     float* y = heads.to + h * heads.dim + at;
     const auto [a, b] = at::vec::deinterleave2(Vec::loadu(x), Vec::loadu(x + Vec::size()));
     const Vec gain(heads.gain(h));
-    const auto [low, high] = at::vec::interleave2((a * cos_a - b * sin_b) * gain, (b * cos_b + a * sin_a) * gain);
+    const Vec first = at::vec::fmsub(a, cos_a, b * sin_b), second = at::vec::fmadd(b, cos_b, a * sin_a);
+    const auto [low, high] = at::vec::interleave2(first * gain, second * gain);
     low.store(y);
     high.store(y + Vec::size());
   }

@@ -57,12 +57,29 @@ def on_backend(name):
     return contextlib.nullcontext() if name == "default" else ops.use_backend(name)
 
 
-def assert_as_accurate_as_eager(op, args, factor=2.0):
-    """error(op) <= factor * error(reference in the same dtype) + one rounding of the largest true value."""
+def moved_by_rounding(op, args):
+    """How far each true result moves when every input does by one rounding of float32, in which kernels compute.
+
+    Of an ill-conditioned case (the norm of few, nearly equal numbers) no float32 formula can be expected to do better.
+    """
+    signs, eps = torch.Generator().manual_seed(0), torch.finfo(torch.float32).eps
+
+    def off(a):
+        return a * (1 + eps * (2 * torch.randint(2, a.shape, generator=signs) - 1))
+
+    truth = tensors(op.reference(*widen(args)))
+    moved = [tensors(op.reference(*mapped(off, widen(args)))) for _ in range(3)]
+    distances = [[(y - t).abs().nan_to_num(0).amax() for y, t in zip(ys, truth, strict=True)] for ys in moved]
+    return torch.tensor(distances).amax(0).tolist()
+
+
+def assert_as_accurate_as_eager(op, args):
+    """error(op) <= 2 * error(reference in its dtype) + one rounding of the largest true value; gradients 3 and 2."""
+    factor, roundings = (3.0, 2.0) if op.name.endswith("_backward") else (2.0, 1.0)
     truth = tensors(op.reference(*widen(args)))
     eager, ours = tensors(op.reference(*args)), tensors(op(*args))
     assert len(truth) == len(eager) == len(ours)
-    for y, e, t in zip(ours, eager, truth, strict=True):
+    for i, (y, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
         assert y.shape == t.shape and y.dtype == e.dtype
         if not y.is_floating_point():
             assert torch.equal(y, t)
@@ -72,7 +89,8 @@ def assert_as_accurate_as_eager(op, args, factor=2.0):
             error = (y.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
             allowed = (e.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
             scale = t[finite].abs().amax().item() if finite.any() else 0.0
-            assert error <= factor * allowed + torch.finfo(e.dtype).eps * max(scale, 1.0)
+            bound = factor * allowed + roundings * torch.finfo(e.dtype).eps * max(scale, 1.0)
+            assert error <= bound or error <= bound + moved_by_rounding(op, args)[i]
 
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)

@@ -18,6 +18,7 @@ from .layer_norm_silu import layer_norm_silu
 from .qk_norm_rope import qk_norm_rope
 from .rope_3d import rope_3d, rope_3d_table
 from .skiparse_attention import skiparse_attention
+from .skiparse_groups import skiparse_groups
 from .skiparse_index import skiparse_index, skiparse_padded_length
 
 # The kernels join schemas that the imports above define.
@@ -43,6 +44,7 @@ __all__ = [
     "rope_3d",
     "rope_3d_table",
     "skiparse_attention",
+    "skiparse_groups",
     "skiparse_index",
     "skiparse_padded_length",
     "table",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._checks import require_floating, require_like, wide
 from ._draw import SIZES, SMALL_SIZES, draw, strided
-from ._registry import Choose
+from ._registry import Choose, refuse_dtype
 
 
 def check_rows(op: str, x: Tensor) -> None:
@@ -35,6 +35,13 @@ def check_affine(op: str, x: Tensor, channels: int, **affine: Tensor | None) -> 
     for name, t in affine.items():
         if t is not None:
             require_like(op, name, t, (channels,), x)
+
+
+def refuse_rows(*modulation: Tensor) -> str | None:
+    """What the kernels of gradients say to modulations per token, whose gradients are as large as the activations."""
+    if any(t.dim() == 3 for t in modulation):
+        return "the kernel takes modulations per sample, not per token"
+    return refuse_dtype(*modulation)
 
 
 def per_token(t: Tensor) -> Tensor:
@@ -80,10 +87,9 @@ def random_rows(
     rows: int,
     modulations: int,
     parameters: int = 0,
-    sizes: tuple[int, ...] = SIZES,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Activations, modulations in either form, and parameters that may be None; channels from ``sizes``."""
-    batch, sequence, channels = choose(SMALL_SIZES), choose(SMALL_SIZES), choose(sizes)
+    """Activations, modulations in either form, and parameters that may be None."""
+    batch, sequence, channels = choose(SMALL_SIZES), choose(SMALL_SIZES), choose(SIZES)
     forms = ((batch, channels), (batch, sequence, channels))
     return (
         [strided(choose, (batch, sequence, channels), device, dtype) for _ in range(rows)],

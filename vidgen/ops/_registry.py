@@ -4,7 +4,7 @@
 An op has one meaning: a schema, a check, a reference in plain PyTorch, a fake and a backward.
 Its implementations register under PyTorch's dispatch keys: C++ under CPU (``csrc/cpu``), others
 with :meth:`Op.add_backend`. The reference stands under CompositeExplicitAutograd and so serves
-every device that has nothing better.
+every device that has nothing better; ``VIDGEN_STRICT=1`` makes that an error.
 
 Two kinds of op exist. Most are opaque to autograd and to the compiler and so bring a fake and a
 backward. A *composite* op only arranges PyTorch operators that already have both, and decomposes
@@ -31,6 +31,14 @@ _strict: bool = os.environ.get("VIDGEN_STRICT", "0") not in ("", "0")
 _explained: str | None = None  # name of the op whose next call only says which arguments it got
 
 Choose = Callable[[Sequence[Any]], Any]
+
+
+def refuse_dtype(*args: Any) -> str | None:
+    """What the compiled kernels say to arguments of other dtypes than their own; see ``native_dtype`` in csrc."""
+    dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))
+    if dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return f"the kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Op:
             tensor of the caller's, see :meth:`into`.
         save, backward: as ``torch.library.register_autograd`` wants them; None for an op that
             is not differentiable (such as the backward of another one).
+        native_refuses: as ``Backend.refuse``, for the kernel in C++: which arguments that kernel itself hands on to the
+            reference.
         composite: the op written with PyTorch operators that are fast and differentiable as they
             are; takes the place of fake, save and backward.
     """
@@ -87,6 +97,7 @@ class Op:
     backward: Callable[..., Any] | None = None
     composite: Callable[..., Any] | None = None
     out_shape: Callable[..., tuple[int, ...]] | None = None
+    native_refuses: Callable[..., str | None] = refuse_dtype
     name: str = field(init=False)
     backends: dict[str, list[Backend]] = field(init=False, default_factory=dict)
     overload: Any = field(init=False)
@@ -99,10 +110,10 @@ class Op:
         else:
             if self.fake is None:
                 raise ValueError(f"{self.name}: an op that is not composite needs a fake")
-            _library.impl(self.name, self.reference, "CompositeExplicitAutograd")
+            _library.impl(self.name, self._fall_back, "CompositeExplicitAutograd")
             # Native kernels call this one for what they do not take themselves, float64 above all.
             _library.define(self.schema.replace("(", "_reference(", 1))
-            _library.impl(f"{self.name}_reference", self.reference, "CompositeExplicitAutograd")
+            _library.impl(f"{self.name}_reference", self._fall_back, "CompositeExplicitAutograd")
             torch.library.register_fake(f"vidgen::{self.name}", self.fake, lib=_library)
             if self.backward is not None:
                 torch.library.register_autograd(
@@ -151,7 +162,21 @@ class Op:
         return out
 
     def _reference_into(self, *args: Any, out: torch.Tensor) -> None:
-        out.copy_(self.reference(*args))
+        out.copy_(self._fall_back(*args))
+
+    def _fall_back(self, *args: Any) -> Any:
+        """The reference where nobody asked for it: the dispatcher or a kernel found nothing better."""
+        if _strict:
+            raise RuntimeError(f"{self.name}: VIDGEN_STRICT is set and only the reference is left: {self._why(args)}")
+        return self.reference(*args)
+
+    def _why(self, args: tuple[Any, ...]) -> str:
+        from ._native import status
+
+        device = _device(args)
+        refused = [f"{b.name} refused ({reason})" for b in self.candidates(device) if (reason := b.refuse(*args))]
+        missing = f"; compiled kernels: {status}" if device == "cpu" and status else ""
+        return ("; ".join(refused) or f"there is no other implementation on {device}") + missing
 
     def add_backend(self, device: str, backend: Backend) -> None:
         """Let ``backend`` serve ``device``, ahead of the reference and behind those added before."""
@@ -167,7 +192,7 @@ class Op:
             f"vidgen::{self.name}", _key(device)
         )
         if native and not found:
-            found.append(Backend(f"{device}_cpp", self.overload))
+            found.append(Backend(f"{device}_cpp", self.overload, self.native_refuses))
         if self.composite is not None:
             found.append(Backend("composite", self.overload))
         return [*found, Backend("reference", self.reference)]
@@ -185,10 +210,10 @@ class Op:
 
     def _first(self, device: str, args: tuple[Any, ...]) -> Backend:
         first, *others = self.candidates(device)
-        if (reason := first.refuse(*args)) is None:
+        if first.refuse(*args) is None:
             return first
         if _strict:
-            raise RuntimeError(f"{self.name}: backend {first.name!r} refused ({reason}) and VIDGEN_STRICT is set")
+            raise RuntimeError(f"{self.name}: VIDGEN_STRICT is set: {self._why(args)}")
         return next(b for b in others if b.refuse(*args) is None)
 
     def _named(self, name: str, args: tuple[Any, ...]) -> Backend:

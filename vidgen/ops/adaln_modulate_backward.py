@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ._checks import require_like
 from ._draw import draw
-from ._modulation import adaln_gradients, check_affine, check_modulation, check_rows, chunks, random_rows
+from ._modulation import (
+    adaln_gradients,
+    check_affine,
+    check_modulation,
+    check_rows,
+    chunks,
+    random_rows,
+    refuse_rows,
+)
 from ._registry import Choose, Cost, Op
 
 SCHEMA = (
@@ -92,4 +100,14 @@ def cost(grad: Tensor, *_: Any) -> Cost:
     return Cost(bytes=3 * grad.numel() * grad.element_size())
 
 
-op = Op(SCHEMA, check, reference, samples, workloads, random_args, cost, fake=fake)
+op = Op(
+    SCHEMA,
+    check,
+    reference,
+    samples,
+    workloads,
+    random_args,
+    cost,
+    fake=fake,
+    native_refuses=lambda grad, x, scale, *_: refuse_rows(scale),
+)

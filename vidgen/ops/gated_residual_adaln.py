@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import require_like
-from ._draw import SIZES, draw
+from ._draw import draw
 from ._modulation import check_affine, check_modulation, check_rows, chunks, random_rows
 from ._registry import Choose, Cost, Op
 from .adaln_modulate import reference as adaln_modulate
@@ -114,9 +114,7 @@ def block(
 
 
 def random_args(choose: Choose, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    # A norm over few, nearly equal numbers is ill-conditioned: it would show how h was rounded, not how the op errs.
-    sizes = tuple(n for n in SIZES if n < 2 or n > 4)
-    (x, y), (gate, shift, scale), affine = random_rows(choose, device, dtype, 2, 3, 2, sizes)
+    (x, y), (gate, shift, scale), affine = random_rows(choose, device, dtype, rows=2, modulations=3, parameters=2)
     return x, gate, y, shift, scale, *affine, choose((1e-6, 1e-5))
 
 

@@ -19,6 +19,7 @@ from ._modulation import (
     chunks,
     per_token,
     random_rows,
+    refuse_rows,
     summed_like,
 )
 from ._registry import Choose, Cost, Op
@@ -135,4 +136,14 @@ def cost(grad_h: Tensor, *_: Any) -> Cost:
     return Cost(bytes=6 * grad_h.numel() * grad_h.element_size())
 
 
-op = Op(SCHEMA, check, reference, samples, workloads, random_args, cost, fake=fake)
+op = Op(
+    SCHEMA,
+    check,
+    reference,
+    samples,
+    workloads,
+    random_args,
+    cost,
+    fake=fake,
+    native_refuses=lambda grad_h, grad_modulated, h, gate, y, scale, *_: refuse_rows(gate, scale),
+)

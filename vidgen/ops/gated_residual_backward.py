@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ._checks import require_like, wide
 from ._draw import draw
-from ._modulation import check_modulation, check_rows, chunks, per_token, random_rows, summed_like
+from ._modulation import (
+    check_modulation,
+    check_rows,
+    chunks,
+    per_token,
+    random_rows,
+    refuse_rows,
+    summed_like,
+)
 from ._registry import Choose, Cost, Op
 
 SCHEMA = "gated_residual_backward(Tensor grad, Tensor gate, Tensor y) -> (Tensor grad_gate, Tensor grad_y)"
@@ -66,4 +74,14 @@ def cost(grad: Tensor, *_: Any) -> Cost:
     return Cost(bytes=3 * grad.numel() * grad.element_size())
 
 
-op = Op(SCHEMA, check, reference, samples, workloads, random_args, cost, fake=fake)
+op = Op(
+    SCHEMA,
+    check,
+    reference,
+    samples,
+    workloads,
+    random_args,
+    cost,
+    fake=fake,
+    native_refuses=lambda grad, gate, y: refuse_rows(gate),
+)

@@ -16,6 +16,7 @@ from ._registry import Choose, Cost, Op
 from .attention import check_qkv
 from .attention import composite as attend_dense
 from .attention import reference as attend_plainly
+from .skiparse_groups import op as skiparse_groups
 from .skiparse_index import (
     groups_to_tokens,
     require_pattern,
@@ -136,44 +137,54 @@ def composite(
     Tokens i*k+g of group g, (batch, places, k, heads, head_dim) in memory, are k*heads heads as they lie.
     In the group layout, (batch, k, places, heads, head_dim), they are batch*k samples as they lie.
     """
-    batch, _, heads, _ = q.shape
     single = pattern == "single" or sparse_n == 1
-    # Where the axes of groups and places stand before the groups are folded into heads or samples.
-    group_axis, token_axis, folded = (2, 1, 2) if single else (1, 2, 0)
-    sizes = (sparse_n, heads) if single else (batch, sparse_n)
+    pattern = "single" if single else pattern
+    whole = skiparse_padded_length(num_tokens, sparse_n) == num_tokens
 
-    def split(x: Tensor) -> Tensor:
-        if grouped and not single:
-            return x.unflatten(1, (sparse_n, x.shape[1] // sparse_n))
-        groups = tokens_to_groups(x, sparse_n, pattern)
-        return groups.transpose(1, 2) if single else groups
+    def groups(x: Tensor, text: Tensor | None) -> Tensor:
+        """(batch, sparse_n, places + text, heads, head_dim): a view where it can be, else one copy."""
+        places = x.shape[1] // sparse_n
+        if single and whole and text is None:
+            return x.unflatten(1, (places, sparse_n)).transpose(1, 2)
+        if single or not grouped:
+            return skiparse_groups.overload(x, text, sparse_n, pattern)
+        parts = x.unflatten(1, (sparse_n, places))
+        return parts if text is None else torch.cat((parts, in_every_group(text, sparse_n)), 2)
 
-    def in_every_group(text: Tensor) -> Tensor:
-        shape = [-1] * 5
-        shape[group_axis] = sparse_n
-        return text.unsqueeze(group_axis).expand(shape)
-
-    def fold(x: Tensor) -> Tensor:
-        return x.flatten(folded, folded + 1)
-
-    def joint(visual: Tensor, text: Tensor | None) -> Tensor:
-        parts = split(visual)
-        return fold(parts if text is None else torch.cat((parts, in_every_group(text)), token_axis))
-
-    joint_k, joint_v = joint(k, text_k), joint(v, text_v)
+    attend = attend_single if single else attend_group
+    queries, keys, values = groups(q, None), groups(k, text_k), groups(v, text_v)
     allowed = key_mask(q, sparse_n, pattern, text_k, mask, text_mask, num_tokens)
-    if allowed is not None:
-        allowed = allowed.repeat_interleave(heads, 1) if single else allowed.flatten(0, 1).unsqueeze(1)
-        allowed = allowed.unsqueeze(2)
-
-    def attend(queries: Tensor) -> Tensor:
-        return attend_dense(fold(queries), joint_k, joint_v, allowed, scale).unflatten(folded, sizes)
-
-    out = attend(split(q))
-    visual = out.flatten(1, 2)[:, :num_tokens] if single else groups_to_tokens(out, num_tokens, pattern)
+    out = attend(queries, keys, values, allowed, scale)
+    visual = groups_to_tokens(out, num_tokens, pattern)
     if text_q is None:
         return [visual]
-    return [visual, attend(in_every_group(text_q)).mean(group_axis)]
+    return [visual, attend(in_every_group(text_q, sparse_n), keys, values, allowed, scale).mean(1)]
+
+
+def in_every_group(text: Tensor, sparse_n: int) -> Tensor:
+    return text.unsqueeze(1).expand(-1, sparse_n, -1, -1, -1)
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float | None) -> Tensor:
+    """(batch, groups, places, heads, head_dim) as batch*groups samples; ``allowed`` is (batch, groups, keys)."""
+    batch = q.shape[0]
+    allowed = None if allowed is None else allowed.flatten(0, 1)[:, None, None]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return attend_dense(q, k, v, allowed, scale).unflatten(0, (batch, -1))
+
+
+def attend_single(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float | None) -> Tensor:
+    """The same with groups as heads: all the heads of all groups where these fold into one axis as they lie."""
+    batch, sparse_n, _, heads, _ = q.shape
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, places, groups, heads, head_dim)
+    if batch == 1 and not all(t.stride(2) == heads * t.stride(3) for t in (q, k, v)):
+        # Parts of a packed projection: their heads can be samples instead.
+        q, k, v = (t[0].permute(2, 0, 1, 3) for t in (q, k, v))
+        out = attend_dense(q, k, v, None if allowed is None else allowed.unsqueeze(2), scale)
+        return out.permute(2, 1, 0, 3).unsqueeze(0)
+    allowed = None if allowed is None else allowed.repeat_interleave(heads, 1).unsqueeze(2)
+    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+    return attend_dense(q, k, v, allowed, scale).unflatten(2, (sparse_n, heads)).transpose(1, 2)
 
 
 def key_mask(
@@ -311,8 +322,9 @@ def skiparse_attention(
 
     Visual token s attends to the visual tokens of its group and to all text tokens. A text token attends, once per
     group, to that group and to all text tokens; its result is the mean over the groups. Padding up to a multiple of
-    ``sparse_n ** 2`` is hidden. Single-skip without text and padding copies nothing where ``q``, ``k`` and ``v`` are
-    contiguous; group-skip copies each once, or none of them where they are ``grouped``, and the result once.
+    ``sparse_n ** 2`` is hidden. Single-skip without text and padding copies nothing (of a batch, each of ``q``, ``k``
+    and ``v`` whose heads and tokens do not lie side by side once); otherwise each is copied once, together with the
+    text behind it, ``grouped`` ones without text not at all, and group-skip copies the result once.
 
     Args:
         q, k, v: ``(batch, tokens, heads, head_dim)``, floating point, any strides.

@@ -15,7 +15,8 @@ void adaln_modulate(const at::Tensor& out, const at::Tensor& x, const at::Tensor
     const auto from = read_tokens<T>(x), of_shift = read_tokens<T>(shift), of_scale = read_tokens<T>(scale);
     const T *w = read_parameter<T>(weight), *bi = read_parameter<T>(bias);
     each_token(x, [&](int64_t b, int64_t l) {
-      modulate_row(to.at(b, l), from.at(b, l), of_shift.at(b, l), of_scale.at(b, l), w, bi, x.size(2),
+      const T* row = from.at(b, l);
+      modulate_row(to.at(b, l), row, row_sum(row, x.size(2)), of_shift.at(b, l), of_scale.at(b, l), w, bi, x.size(2),
                    static_cast<float>(eps));
     });
   });

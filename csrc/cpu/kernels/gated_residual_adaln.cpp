@@ -18,9 +18,10 @@ void gated_residual_adaln(const at::Tensor& h, const at::Tensor& modulated, cons
     const auto of_shift = read_tokens<T>(shift), of_scale = read_tokens<T>(scale);
     const T *w = read_parameter<T>(weight), *bi = read_parameter<T>(bias);
     each_token(x, [&](int64_t b, int64_t l) {
-      gate_row(to_h.at(b, l), of_x.at(b, l), of_gate.at(b, l), of_y.at(b, l), x.size(2));
-      modulate_row(to.at(b, l), to_h.at(b, l), of_shift.at(b, l), of_scale.at(b, l), w, bi, x.size(2),
-                   static_cast<float>(eps));
+      T* row = to_h.at(b, l);
+      const float sum = gate_row_sum(row, of_x.at(b, l), of_gate.at(b, l), of_y.at(b, l), x.size(2));
+      modulate_row<T>(to.at(b, l), row, sum, of_shift.at(b, l), of_scale.at(b, l), w, bi, x.size(2),
+                      static_cast<float>(eps));
     });
   });
 }

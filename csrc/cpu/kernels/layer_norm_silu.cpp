@@ -33,22 +33,11 @@ void channels_last_rows(T* out, const T* x, const T* weight, const T* bias, int6
 template <typename T, typename Count>
 C10_ALWAYS_INLINE void channels_first_tile(T* out, const T* x, const T* weight, const T* bias, int64_t channels,
                                            int64_t positions, float eps, Count count) {
-  const Vec share(1.0f / channels), one(1.0f);
-  // Distances from the first channel, so that a large mean costs no digits.
-  const Pack origin = load_pack(x, count);
-  Pack total = splat(0);
-  for (int64_t c = 1; c < channels; ++c) total = total + (load_pack(x + c * positions, count) - origin);
-  const Pack mean = origin + total * share;
-  Pack squares = splat(0);
-  for (int64_t c = 0; c < channels; ++c) {
-    const Pack centred = load_pack(x + c * positions, count) - mean;
-    squares = fmadd(centred, centred, squares);
-  }
-  const Pack rstd = map(squares * share + Vec(eps), [&](const Vec& v) VIDGEN_INLINE { return one / v.sqrt(); });
+  const auto [mean, rstd] = column_moments(x, channels, positions, eps, count);
   for (int64_t c = 0; c < channels; ++c) {
     const Pack normalised = (load_pack(x + c * positions, count) - mean) * rstd;
     const Vec gain(static_cast<float>(weight[c])), offset(static_cast<float>(bias[c]));
-    store_pack(out + c * positions, silu<T>(normalised * gain + offset), count);
+    store_pack(out + c * positions, silu<T>(fmadd(normalised, gain, offset)), count);
   }
 }
 

@@ -21,25 +21,25 @@ int64_t grouped_row(int64_t token, int64_t padded, int64_t k) {
 
 int64_t tokens_per_task(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
 
-// term(j) + term(j + one vector) + ... over a head, lane by lane.
+// What add(total, j) makes of zero for j = 0, one vector, ... over a head, lane by lane.
 template <typename F>
-Vec add_up(int64_t dim, F term) {
+Vec add_up(int64_t dim, F add) {
   Vec total(0);
   int64_t j = 0;
-  for (; j + Vec::size() <= dim; j += Vec::size()) total = total + term(j);
-  return j < dim ? total + Vec::set(Vec(0), term(j), dim - j) : total;
+  for (; j + Vec::size() <= dim; j += Vec::size()) total = add(total, j);
+  return j < dim ? Vec::set(total, add(total, j), dim - j) : total;
 }
 
-// Sums over all heads of term(head, j), as many heads at once as a vector has lanes: each step adds even and odd lanes
-// of two vectors into one, so that after the last one lane i is the sum of vector i.
+// Sums over all heads of what add(total, head, j) adds, as many heads at once as a vector has lanes: each step adds
+// even and odd lanes of two vectors into one, so that after the last one lane i is the sum of vector i.
 template <typename F>
-void sum_heads(float* sums, int64_t heads, int64_t dim, F term) {
+void sum_heads(float* sums, int64_t heads, int64_t dim, F add) {
   constexpr int kLanes = Vec::size();
   for (int64_t first = 0; first < heads; first += kLanes) {
     std::array<Vec, kLanes> totals;
     for (int i = 0; i < kLanes; ++i) {
       const int64_t head = first + i;
-      totals[i] = head < heads ? add_up(dim, [&](int64_t j) { return term(head, j); }) : Vec(0);
+      totals[i] = head < heads ? add_up(dim, [&](const Vec& total, int64_t j) { return add(total, head, j); }) : Vec(0);
     }
     for (int left = kLanes; left > 1; left /= 2) {
       for (int i = 0; i < left / 2; ++i) {
@@ -54,7 +54,8 @@ void sum_heads(float* sums, int64_t heads, int64_t dim, F term) {
 // Subtracts the mean of each head where the norm is a LayerNorm; rstd of each head.
 void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float eps) {
   if (layer) {
-    sum_heads(rstd, heads, dim, [&](int64_t h, int64_t j) { return Vec::loadu(x + h * dim + j); });
+    sum_heads(rstd, heads, dim,
+              [&](const Vec& total, int64_t h, int64_t j) { return total + Vec::loadu(x + h * dim + j); });
     for (int64_t h = 0; h < heads; ++h) {
       const float mean = rstd[h] / dim;
       float* head = x + h * dim;
@@ -63,9 +64,9 @@ void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float
       for (; j < dim; ++j) head[j] -= mean;
     }
   }
-  sum_heads(rstd, heads, dim, [&](int64_t h, int64_t j) {
+  sum_heads(rstd, heads, dim, [&](const Vec& total, int64_t h, int64_t j) {
     const Vec v = Vec::loadu(x + h * dim + j);
-    return v * v;
+    return at::vec::fmadd(v, v, total);
   });
   for (int64_t h = 0; h < heads; h += Vec::size()) {
     (Vec(1) / (Vec::loadu(rstd + h) / Vec(dim) + Vec(eps)).sqrt()).store(rstd + h);
@@ -267,9 +268,13 @@ struct Backward {
         g[i] *= w[j];
       }
     }
-    sum_heads(along, heads, dim,
-              [&](int64_t h, int64_t j) { return Vec::loadu(g + h * dim + j) * Vec::loadu(x + h * dim + j); });
-    if (how.layer) sum_heads(means, heads, dim, [&](int64_t h, int64_t j) { return Vec::loadu(g + h * dim + j); });
+    sum_heads(along, heads, dim, [&](const Vec& total, int64_t h, int64_t j) {
+      return at::vec::fmadd(Vec::loadu(g + h * dim + j), Vec::loadu(x + h * dim + j), total);
+    });
+    if (how.layer) {
+      sum_heads(means, heads, dim,
+                [&](const Vec& total, int64_t h, int64_t j) { return total + Vec::loadu(g + h * dim + j); });
+    }
     for (int64_t h = 0; h < heads; ++h) {
       const float mean = means[h] / dim, pull = along[h] / dim;
       for (int64_t j = 0; j < dim; ++j) {

@@ -194,6 +194,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
+def attention_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    """PyTorch's own attention keeps the log-sum-exp to itself."""
+    if mask is not None and mask.dim() < 4:
+        mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
 def skiparse_attention(
     q: Tensor,
     k: Tensor,
@@ -322,6 +332,7 @@ ORIGINALS = {
         wrt=(0, 1, 2, 3, 4),
     ),
     "attention": Original(attention),
+    "attention_lse": Original(attention_lse),
     "causal_conv3d": Original(causal_conv3d),
     "gated_residual": Original(gated_residual),
     "gated_residual_adaln": Original(gated_residual_adaln),

@@ -66,13 +66,14 @@ def markdown(rows: list[Row]) -> str:
 
 
 def chart(path: Path) -> Path | None:
-    """Bars of the ratios to eager and to torch.compile in the csv at ``path``, beside it as png."""
+    """Bars of the ratios to eager and to torch.compile on one thread in the csv at ``path``, beside it as png."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("benchmarks: no chart, matplotlib is missing (pip install 'vidgen[train]')", file=sys.stderr)
         return None
-    rows = read(path)
+    fewest = min(int(row["threads"]) for row in read(path))
+    rows = [row for row in read(path) if int(row["threads"]) == fewest]
     figure = Figure(figsize=(10, 1 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))

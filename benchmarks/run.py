@@ -25,17 +25,25 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks/run.py",
         description="Ratios of each op to eager PyTorch as the original systems write it, to torch.compile of that, "
-        "and to the roofline, all measured in turns in one run. Updates csv and chart in the output folder.",
+        "and to the roofline, all measured in turns in one run. Updates csv, table and chart in the output folder.",
     )
     parser.add_argument("--op", action="append", help="only this op (may be given again)")
     parser.add_argument(
         "--dtype", action="append", choices=("bfloat16", "float32", "float16"), help="default: first two"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or npu (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="1 (default) counts process CPU time, more wall clock")
-    parser.add_argument("--quick", action="store_true", help="first workload of each op, 3 rounds, no torch.compile")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        action="append",
+        help="may be given again; 1 counts process CPU time, more wall clock (default: 1 and 2 on a CPU, else 1)",
+    )
+    parser.add_argument("--quick", action="store_true", help="first workload of each op, 1 thread, no torch.compile")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    both = arguments.device == "cpu" and not arguments.quick and (os.cpu_count() or 1) > 1
+    arguments.threads = arguments.threads or ([1, 2] if both else [1])
+    return arguments
 
 
 def main() -> int:
@@ -43,7 +51,7 @@ def main() -> int:
     if os.environ.get("VIDGEN_BACKEND"):
         sys.exit("benchmarks/run.py: unset VIDGEN_BACKEND: a forced backend is not what users get")
     if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
-        environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(arguments.threads)}
+        environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(max(arguments.threads))}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     import measure
@@ -55,7 +63,9 @@ def main() -> int:
         report.write(rows, arguments.output)  # after each: a run that is stopped keeps what it has
     if not rows:
         sys.exit("benchmarks/run.py: nothing was measured")
-    report.chart(arguments.output / report.file_name(rows[0], ".csv"))
+    stored = arguments.output / report.file_name(rows[0], ".csv")
+    report.chart(stored)
+    stored.with_suffix(".md").write_text(report.markdown(report.read(stored)) + "\n")
     print(report.markdown(rows))
     return 1 if measure.failed else 0
 

@@ -27,7 +27,7 @@ def report() -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "platform": platform.platform(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": ops.cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": devices.describe(devices.resolve("auto")),
         "devices": {kind: devices.why_not(kind) for kind in ("cpu", "cuda", "npu")},

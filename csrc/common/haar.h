@@ -6,14 +6,13 @@
 #include <c10/macros/Macros.h>
 #include <c10/util/Unroll.h>
 
-#include "common/rows.h"
+#include "common/pack.h"
 
 namespace vidgen {
 namespace CPU_CAPABILITY {
 namespace {
 
-using Floats = at::vec::Vectorized<float>;
-using Words = at::vec::Vectorized<int32_t>;
+using Floats = Vec;
 
 // Two vectors, as many floats as one 16-bit vector holds elements. A plain struct rather than VectorizedN: its loops
 // would keep arrays of them in memory.
@@ -67,32 +66,24 @@ struct Access {
   }
 };
 
-// Two neighbouring bfloat16 are one 32-bit word, the first in its low half: a shift and a mask part them, which is less
-// work than widening and shuffling. Even words travel in lanes a, odd words in lanes b.
+// Of neighbours as pack.h parts them, the first of each two travels in lanes a, the second in lanes b.
 template <>
 struct Access<at::BFloat16> {
   static Lanes widen(const Words& words) {
-    return {at::vec::cast<float>(words << Words(16)), at::vec::cast<float>(words & Words(-65536))};
-  }
-  // To the nearest, ties to even. NaNs need no care: those that come from bfloat16 cannot carry over into the exponent.
-  static Words rounded(const Floats& value) {
-    const Words bits = at::vec::cast<int32_t>(value);
-    return bits + Words(32767) + ((bits >> Words(16)) & Words(1));
-  }
-  static Words narrow(const Floats& low, const Floats& high) {
-    const Words l = rounded(low) >> Words(16), h = rounded(high);
-    return l ^ ((l ^ h) & Words(-65536));
+    const auto [low, high] = part(words);
+    return {low, high};
   }
 
   static Lanes load(const at::BFloat16* from) { return widen(Words::loadu(from)); }
-  static void store(at::BFloat16* to, const Lanes& value) { narrow(value.a, value.b).store(to); }
+  static void store(at::BFloat16* to, const Lanes& value) { vidgen::CPU_CAPABILITY::join(value.a, value.b).store(to); }
   static Pairs split(const at::BFloat16* from) {
     const auto [a, b] = at::vec::deinterleave2(Floats::loadu(from), Floats::loadu(from + kPairs));
     const Lanes even = widen(at::vec::cast<int32_t>(a)), odd = widen(at::vec::cast<int32_t>(b));
     return {{even.a, odd.a}, {even.b, odd.b}};
   }
   static void join(at::BFloat16* to, const Lanes& first, const Lanes& second) {
-    const Words even = narrow(first.a, second.a), odd = narrow(first.b, second.b);
+    const Words even = vidgen::CPU_CAPABILITY::join(first.a, second.a),
+                odd = vidgen::CPU_CAPABILITY::join(first.b, second.b);
     const auto [a, b] = at::vec::interleave2(at::vec::cast<float>(even), at::vec::cast<float>(odd));
     a.store(to);
     b.store(to + kPairs);

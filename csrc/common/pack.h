@@ -58,6 +58,13 @@ struct Neighbours {
 C10_ALWAYS_INLINE Neighbours part(const Words& words) {
   return {at::vec::cast<float>(words << Words(16)), at::vec::cast<float>(words & Words(-65536))};
 }
+#ifdef __AVX512BF16__
+C10_ALWAYS_INLINE Words join(const Vec& low, const Vec& high) {
+  const __m512i alternate = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(alternate, narrowed(low, high));
+}
+#else
 // Rounds to nearest even; the upper half is the result. NaNs need no care: those that arithmetic makes or passes on
 // from bfloat16 have no bit set in the lower half, and so cannot carry over into the sign.
 C10_ALWAYS_INLINE Words rounded(const Vec& value) {
@@ -68,6 +75,7 @@ C10_ALWAYS_INLINE Words join(const Vec& low, const Vec& high) {
   const Words l = rounded(low) >> Words(16), h = rounded(high);
   return l ^ ((l ^ h) & Words(-65536));
 }
+#endif
 
 template <typename T>
 C10_ALWAYS_INLINE Pack load_pack(const T* from, Whole = {}) {

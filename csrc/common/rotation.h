@@ -62,9 +62,11 @@ void narrow_row(T* to, const float* from, int64_t channels) {
   each_chunk(channels, [&](int64_t c, auto count) { store_row(to + c, Wide::loadu(from + c), count); });
 }
 
-// What a rotation does to the channels a, b of each pair: first = a cos_a - b sin_b, second = b cos_b + a sin_a.
+// What a rotation does to the channels a, b of each pair: first = a cos_a - b sin_b, second = b cos_b + a sin_a. The
+// offsets, where there are any, are added behind the gain of the head.
 struct Turn {
   const float *cos_a, *sin_b, *cos_b, *sin_a;
+  const float *offset_a = nullptr, *offset_b = nullptr;
 };
 
 // Cosines and sines of one token in scratch. `inverse` turns the other way.
@@ -115,25 +117,32 @@ C10_ALWAYS_INLINE float fmadd(float x, float y, float z) {
 #endif
 }
 
-// gain (x c + y s). Compilers make a few vector instructions of the loop.
-inline Eight combine(const Eight& x, const Eight& c, const Eight& y, const Eight& s, float gain) {
+// gain (x c + y s), and the offset where there is one. Compilers make a few vector instructions of the loop.
+template <bool shifted>
+inline Eight combine(const Eight& x, const Eight& c, const Eight& y, const Eight& s, float gain, const Eight& offset) {
   Eight sum = x;
-  for (int64_t i = 0; i < kEight; ++i) sum.lanes[i] = gain * fmadd(x.lanes[i], c.lanes[i], y.lanes[i] * s.lanes[i]);
+  for (int64_t i = 0; i < kEight; ++i) {
+    const float turned = fmadd(x.lanes[i], c.lanes[i], y.lanes[i] * s.lanes[i]);
+    sum.lanes[i] = shifted ? fmadd(gain, turned, offset.lanes[i]) : gain * turned;
+  }
   return sum;
 }
 
 // Eight pairs in every head: the angles stay in registers, and so does what is passed by value.
-inline void rotate_eight(Heads heads, const Turn& turn, const Run& run) {
+template <bool shifted>
+void rotate_eight(Heads heads, const Turn& turn, const Run& run) {
   const Eight cos_a(turn.cos_a + run.pair), cos_b(turn.cos_b + run.pair), sin_a(turn.sin_a + run.pair);
   Eight minus_sin_b(turn.sin_b + run.pair);
   for (auto& lane : minus_sin_b.lanes) lane = -lane;
+  const Eight offset_a(shifted ? turn.offset_a + run.pair : turn.cos_a);
+  const Eight offset_b(shifted ? turn.offset_b + run.pair : turn.cos_a);
   const float *from_a = heads.from + run.a, *from_b = heads.from + run.b;
   float *to_a = heads.to + run.a, *to_b = heads.to + run.b;
   for (int64_t h = 0; h < heads.count; ++h) {
     const Eight a(from_a + h * heads.dim), b(from_b + h * heads.dim);
     const float gain = heads.gain(h);
-    combine(a, cos_a, b, minus_sin_b, gain).store(to_a + h * heads.dim);
-    combine(b, cos_b, a, sin_a, gain).store(to_b + h * heads.dim);
+    combine<shifted>(a, cos_a, b, minus_sin_b, gain, offset_a).store(to_a + h * heads.dim);
+    combine<shifted>(b, cos_b, a, sin_a, gain, offset_b).store(to_b + h * heads.dim);
   }
 }
 
@@ -143,43 +152,56 @@ inline void rotate_few(const Heads& heads, const Turn& turn, const Run& run) {
     for (int64_t i = 0; i < run.count; ++i) {
       const float a = heads.from[h * heads.dim + run.a + i], b = heads.from[h * heads.dim + run.b + i];
       const int64_t j = run.pair + i;
-      heads.to[h * heads.dim + run.a + i] = heads.gain(h) * (a * turn.cos_a[j] - b * turn.sin_b[j]);
-      heads.to[h * heads.dim + run.b + i] = heads.gain(h) * (b * turn.cos_b[j] + a * turn.sin_a[j]);
+      const float offset_a = turn.offset_a ? turn.offset_a[j] : 0.0f,
+                  offset_b = turn.offset_b ? turn.offset_b[j] : 0.0f;
+      heads.to[h * heads.dim + run.a + i] = heads.gain(h) * (a * turn.cos_a[j] - b * turn.sin_b[j]) + offset_a;
+      heads.to[h * heads.dim + run.b + i] = heads.gain(h) * (b * turn.cos_b[j] + a * turn.sin_a[j]) + offset_b;
     }
   }
 }
 
 // Channels `at` to at + two vectors in every head; where a head is shorter, one head at a time from front to back.
-inline void rotate_interleaved(Heads heads, const Turn& turn, int64_t at) {
+template <bool shifted>
+void rotate_interleaved(Heads heads, const Turn& turn, int64_t at) {
   const Vec cos_a = Vec::loadu(turn.cos_a + at / 2), sin_b = Vec::loadu(turn.sin_b + at / 2);
   const Vec cos_b = Vec::loadu(turn.cos_b + at / 2), sin_a = Vec::loadu(turn.sin_a + at / 2);
+  const Vec offset_a = Vec::loadu((shifted ? turn.offset_a : turn.cos_a) + at / 2);
+  const Vec offset_b = Vec::loadu((shifted ? turn.offset_b : turn.cos_a) + at / 2);
   for (int64_t h = 0; h < heads.count; ++h) {
     const float* x = heads.from + h * heads.dim + at;
     float* y = heads.to + h * heads.dim + at;
     const auto [a, b] = at::vec::deinterleave2(Vec::loadu(x), Vec::loadu(x + Vec::size()));
     const Vec gain(heads.gain(h));
     const Vec first = at::vec::fmsub(a, cos_a, b * sin_b), second = at::vec::fmadd(b, cos_b, a * sin_a);
-    const auto [low, high] = at::vec::interleave2(first * gain, second * gain);
+    const auto scaled = [&](const Vec& turned, const Vec& offset) C10_ALWAYS_INLINE_ATTRIBUTE {
+      return shifted ? at::vec::fmadd(gain, turned, offset) : gain * turned;
+    };
+    const auto [low, high] = at::vec::interleave2(scaled(first, offset_a), scaled(second, offset_b));
     low.store(y);
     high.store(y + Vec::size());
   }
 }
 
-// `beside(head)` is called once per head along the way: to fetch what comes next while there is work to do.
-template <typename F>
+template <bool shifted, typename F>
 void rotate_heads(const Heads& heads, const Turn& turn, const Pairs& pairs, F beside) {
   constexpr int64_t kStep = 2 * Vec::size();
   const int64_t steps = pairs.interleaved ? (heads.dim + kStep - 1) / kStep : pairs.runs.size();
   for (int64_t i = 0; i < steps; ++i) {
     for (int64_t h = heads.count * i / steps; h < heads.count * (i + 1) / steps; ++h) beside(h);
     if (pairs.interleaved) {
-      rotate_interleaved(heads, turn, std::max<int64_t>(0, std::min(i * kStep, heads.dim - kStep)));
+      rotate_interleaved<shifted>(heads, turn, std::max<int64_t>(0, std::min(i * kStep, heads.dim - kStep)));
     } else if (const Run& run = pairs.runs[i]; run.count == kEight) {
-      rotate_eight(heads, turn, run);
+      rotate_eight<shifted>(heads, turn, run);
     } else {
       rotate_few(heads, turn, run);
     }
   }
+}
+
+// `beside(head)` is called once per head along the way: to fetch what comes next while there is work to do.
+template <typename F>
+void rotate_heads(const Heads& heads, const Turn& turn, const Pairs& pairs, F beside) {
+  turn.offset_a ? rotate_heads<true>(heads, turn, pairs, beside) : rotate_heads<false>(heads, turn, pairs, beside);
 }
 
 }  // namespace

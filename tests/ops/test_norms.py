@@ -44,6 +44,16 @@ def test_gated_residual_adaln_is_its_two_parts_to_the_bit(dtype, channels):
     assert torch.equal(modulated, ops.adaln_modulate(h, shift, scale, weight=weight, bias=bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gated_residual_rounds_as_eager_does_to_the_bit(dtype):
+    """Ties, which are common where few digits are added, go to even; NaN and infinity pass."""
+    x, y = (torch.randint(-300, 300, (1, 64, 129)).to(dtype) / 8 for _ in range(2))
+    gate = torch.randint(-8, 8, (1, 129)).to(dtype) / 16
+    x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    eager = (x.float() + gate[:, None].float() * y.float()).to(dtype)
+    torch.testing.assert_close(ops.gated_residual(x, gate, y), eager, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("channels", [5, 70, 128])
 def test_rows_may_be_overwritten(channels):
     x, y = (torch.randn(2, 9, channels) for _ in range(2))

@@ -22,7 +22,7 @@ from .skiparse_groups import skiparse_groups
 from .skiparse_index import skiparse_index, skiparse_padded_length
 
 # The kernels join schemas that the imports above define.
-from ._native import status as native_status  # isort: skip
+from ._native import cpu_capability, status as native_status  # isort: skip
 
 __all__ = [
     "OPS",
@@ -30,6 +30,7 @@ __all__ = [
     "attention",
     "attention_lse",
     "causal_conv3d",
+    "cpu_capability",
     "explain",
     "gated_residual",
     "gated_residual_adaln",

@@ -41,4 +41,11 @@ def _load() -> str | None:
     return reason
 
 
+def cpu_capability() -> str:
+    """The instruction set that CPU kernels use in this process; PyTorch's where they are not loaded."""
+    if status is None:
+        return str(importlib.import_module("vidgen._C").cpu_capability())
+    return torch.backends.cpu.get_cpu_capability()
+
+
 status: str | None = _load()

@@ -204,17 +204,23 @@ def new_args(
 
 
 def workloads(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Any, ...]]]:
-    def new(dim: int, sparse_n: int) -> tuple[Any, ...]:
+    def new(
+        dim: int, sparse_n: int = 1, *, heads: int = 24, norm: str = "rms", style: str = "half_per_axis"
+    ) -> tuple[Any, ...]:
         sections = (dim // 4, dim * 3 // 8, dim * 3 // 8)
         tables = rope_3d_table((4, 32, 32), sections, device=device)
-        shape, with_v = (1, 4096, 24, dim), sparse_n > 1
-        return new_args(shape, "rms", "half_per_axis", sections, sparse_n, device, dtype, with_v=with_v, tables=tables)
+        per_axis = sections if style == "half_per_axis" else None
+        shape, with_v = (1, 4096, heads, dim), sparse_n > 1
+        return new_args(shape, norm, style, per_axis, sparse_n, device, dtype, with_v=with_v, tables=tables)
 
     return {
-        "1x4096x24x64": lambda: new(64, 1),
-        "1x4096x24x128": lambda: new(128, 1),
+        "1x4096x24x64": lambda: new(64),
+        "1x4096x24x128": lambda: new(128),
         "1x4096x24x64 group layout k=4": lambda: new(64, 4),
         "1x4096x24x128 group layout k=4": lambda: new(128, 4),
+        "1x4096x24x128 half": lambda: new(128, style="half"),
+        "1x4096x24x128 interleaved": lambda: new(128, style="interleaved"),
+        "1x4096x48x64 LayerNorm, interleaved": lambda: new(64, heads=48, norm="layer", style="interleaved"),
     }
 
 

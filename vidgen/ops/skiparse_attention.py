@@ -261,6 +261,7 @@ def workloads(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[]
     return {
         "1x4096x24x64 k=4 single": lambda: new_args(1, 4096, 24, 64, 4, "single", 0, device, dtype),
         "1x4096x24x64 k=4 group": lambda: new_args(1, 4096, 24, 64, 4, "group", 0, device, dtype, grouped=True),
+        "1x4096x24x96 k=4 group, in token order": lambda: new_args(1, 4096, 24, 96, 4, "group", 0, device, dtype),
         "1x4096x24x128 k=4 single, text 512": lambda: new_args(1, 4096, 24, 128, 4, "single", 512, device, dtype),
         "1x4096x24x128 k=4 group, text 512": lambda: new_args(
             1, 4096, 24, 128, 4, "group", 512, device, dtype, grouped=True

@@ -24,15 +24,39 @@ struct Sums {
   double grad = 0, product = 0;
 };
 
+// The gradient before SiLU is needed twice. It is kept where there is room, since it costs an exponential and a
+// division: in the result where that is float32, else in scratch of so many floats at most, in the lanes of T's packs.
+constexpr int64_t kKept = int64_t(1) << 20;
+
+template <typename T, typename Count>
+C10_ALWAYS_INLINE void keep_pack(float* to, const Pack& x, Count count) {
+  if constexpr (std::is_same_v<T, float>) {
+    store_pack(to, x, count);
+  } else {
+    store_pack(to, x);
+  }
+}
+template <typename T, typename Count>
+C10_ALWAYS_INLINE Pack kept_pack(const float* from, Count count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return load_pack(from, count);
+  } else {
+    return load_pack(from);
+  }
+}
+
+int64_t padded_positions(int64_t positions) { return (positions + kWidth - 1) / kWidth * kWidth; }
+
 // Over the positions of one channel, in blocks: long float32 sums would lose digits.
-template <typename T>
-Sums channel_sums(const T* grad, const T* x, int64_t positions, const Channel& channel) {
+template <bool keeps, typename T>
+Sums channel_sums(float* kept, const T* grad, const T* x, int64_t positions, const Channel& channel) {
   Sums sums;
   for (int64_t first = 0; first < positions; first += kBlockElements) {
     Pack total = splat(0), product = splat(0);
     each_pack(std::min(kBlockElements, positions - first), [&](int64_t i, auto count) VIDGEN_INLINE {
       const Pack normalised = channel.normalise(load_pack(x + first + i, count));
       const Pack g = channel.before_silu<T>(load_pack(grad + first + i, count), normalised);
+      if constexpr (keeps) keep_pack<T>(kept + first + i, g, count);
       total = total + g;
       product = fmadd(g, normalised, product);
     });
@@ -42,24 +66,27 @@ Sums channel_sums(const T* grad, const T* x, int64_t positions, const Channel& c
   return sums;
 }
 
-template <typename T>
-void channel_gradient(T* to, const T* grad, const T* x, int64_t positions, const Channel& channel, const Vec& a,
-                      const Vec& b) {
+template <bool keeps, typename T>
+void channel_gradient(T* to, const float* kept, const T* grad, const T* x, int64_t positions, const Channel& channel,
+                      const Vec& a, const Vec& b) {
   each_pack(positions, [&](int64_t i, auto count) VIDGEN_INLINE {
     const Pack normalised = channel.normalise(load_pack(x + i, count));
-    const Pack inner = channel.before_silu<T>(load_pack(grad + i, count), normalised) * channel.gain;
-    store_pack(to + i, (inner - a - normalised * b) * channel.rstd, count);
+    const Pack g =
+        keeps ? kept_pack<T>(kept + i, count) : channel.before_silu<T>(load_pack(grad + i, count), normalised);
+    store_pack(to + i, (g * channel.gain - a - normalised * b) * channel.rstd, count);
   });
 }
 
 // One group of one sample at a time.
-template <typename T>
+template <bool keeps, typename T>
 void channels_first(const at::Tensor& grad_x, const at::Tensor& sums, const at::Tensor& grad, const at::Tensor& x,
                     int64_t num_groups, const T* weight, const T* bias, double eps) {
   const int64_t channels = x.size(1), positions = x.size(2), per_group = channels / num_groups;
-  const int64_t count = per_group * positions;
+  const int64_t count = per_group * positions, padded = padded_positions(positions);
   float *grad_sums = sums.mutable_data_ptr<float>(), *product_sums = grad_sums + sums.stride(0);
   at::parallel_for(0, x.size(0) * num_groups, 1, [&](int64_t begin, int64_t end) {
+    constexpr bool in_place = std::is_same_v<T, float>;
+    std::vector<float> scratch(keeps && !in_place ? per_group * padded : 0);
     for (int64_t group = begin; group < end; ++group) {
       const T *from = x.const_data_ptr<T>() + group * count, *grads = grad.const_data_ptr<T>() + group * count;
       const int64_t first = group % num_groups * per_group;
@@ -69,19 +96,27 @@ void channels_first(const at::Tensor& grad_x, const at::Tensor& sums, const at::
         const float offset = bias ? static_cast<float>(bias[first + i]) : 0.0f;
         return {Vec(moments.mean), Vec(moments.rstd), Vec(gain(i)), Vec(offset)};
       };
+      T* to = grad_x.mutable_data_ptr<T>() + group * count;
+      const auto kept = [&](int64_t i) {
+        if constexpr (in_place) {
+          return to + i * positions;
+        } else {
+          return scratch.data() + i * padded;
+        }
+      };
       double through_mean = 0, through_rstd = 0;
       for (int64_t i = 0; i < per_group; ++i) {
-        const Sums of = channel_sums(grads + i * positions, from + i * positions, positions, channel(i));
+        const int64_t at = i * positions;
+        const Sums of = channel_sums<keeps>(kept(i), grads + at, from + at, positions, channel(i));
         grad_sums[group * per_group + i] = of.grad;
         product_sums[group * per_group + i] = of.product;
         through_mean += gain(i) * of.grad;
         through_rstd += gain(i) * of.product;
       }
       const Vec a(through_mean / count), b(through_rstd / count);
-      T* to = grad_x.mutable_data_ptr<T>() + group * count;
       for (int64_t i = 0; i < per_group; ++i) {
         const int64_t at = i * positions;
-        channel_gradient(to + at, grads + at, from + at, positions, channel(i), a, b);
+        channel_gradient<keeps>(to + at, kept(i), grads + at, from + at, positions, channel(i), a, b);
       }
     }
   });
@@ -175,7 +210,9 @@ void group_norm_silu_backward(const at::Tensor& grad_x, const at::Tensor& sums, 
                               double eps) {
   VIDGEN_DISPATCH_FLOATS(x.scalar_type(), "group_norm_silu_backward", [&] {
     const auto *w = read_parameter<scalar_t>(weight), *b = read_parameter<scalar_t>(bias);
-    (last ? channels_last<scalar_t> : channels_first<scalar_t>)(grad_x, sums, grad, x, num_groups, w, b, eps);
+    const bool keeps = std::is_same_v<scalar_t, float> || x.size(1) / num_groups * padded_positions(x.size(2)) <= kKept;
+    const auto first = keeps ? channels_first<true, scalar_t> : channels_first<false, scalar_t>;
+    (last ? channels_last<scalar_t> : first)(grad_x, sums, grad, x, num_groups, w, b, eps);
   });
 }
 

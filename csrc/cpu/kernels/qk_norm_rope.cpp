@@ -56,18 +56,17 @@ void centre(float* x, float* rstd, int64_t heads, int64_t dim, bool layer, float
   if (layer) {
     sum_heads(rstd, heads, dim,
               [&](const Vec& total, int64_t h, int64_t j) { return total + Vec::loadu(x + h * dim + j); });
-    for (int64_t h = 0; h < heads; ++h) {
-      const float mean = rstd[h] / dim;
-      float* head = x + h * dim;
-      int64_t j = 0;
-      for (; j + Vec::size() <= dim; j += Vec::size()) (Vec::loadu(head + j) - Vec(mean)).store(head + j);
-      for (; j < dim; ++j) head[j] -= mean;
-    }
+    sum_heads(rstd, heads, dim, [&](const Vec& total, int64_t h, int64_t j) {
+      const Vec v = Vec::loadu(x + h * dim + j) - Vec(rstd[h] / dim);
+      v.store(x + h * dim + j, std::min<int64_t>(Vec::size(), dim - j));
+      return at::vec::fmadd(v, v, total);
+    });
+  } else {
+    sum_heads(rstd, heads, dim, [&](const Vec& total, int64_t h, int64_t j) {
+      const Vec v = Vec::loadu(x + h * dim + j);
+      return at::vec::fmadd(v, v, total);
+    });
   }
-  sum_heads(rstd, heads, dim, [&](const Vec& total, int64_t h, int64_t j) {
-    const Vec v = Vec::loadu(x + h * dim + j);
-    return at::vec::fmadd(v, v, total);
-  });
   for (int64_t h = 0; h < heads; h += Vec::size()) {
     (Vec(1) / (Vec::loadu(rstd + h) / Vec(dim) + Vec(eps)).sqrt()).store(rstd + h);
   }
@@ -104,13 +103,14 @@ class Forward {
   void run() const {
     const int64_t tokens = t_.q.size(1), padded = t_.new_q.size(1);
     at::parallel_for(0, t_.q.size(0) * padded, tokens_per_task(channels_), [&](int64_t begin, int64_t end) {
-      Scratch scratch(2 * channels_ + heads_ + 11 * dim_, 21);
+      Scratch scratch(2 * channels_ + heads_ + 15 * dim_, 29);
       const Rows rows{scratch.row(channels_), scratch.row(channels_), scratch.row(heads_)};
       Angles angles(scratch, dim_ / 2);
       Parameters of_q(scratch, t_.q_weight, t_.q_bias, how_, dim_), of_k(scratch, t_.k_weight, t_.k_bias, how_, dim_);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t b = row / padded, token = row % padded;
         const int64_t to = (b * padded + grouped_row(token, padded, how_.sparse_n)) * channels_;
+        const int64_t next = (b * padded + grouped_row(token + 1, padded, how_.sparse_n)) * channels_;
         if (token >= tokens) {
           for (const at::Tensor& out : {t_.new_q, t_.new_k, t_.new_v}) {
             if (out.numel()) std::fill_n(out.mutable_data_ptr<T>() + to, channels_, T(0));
@@ -122,9 +122,18 @@ class Forward {
           of_q.weigh(turn, dim_ / 2);
           of_k.weigh(turn, dim_ / 2);
         }
-        one(t_.new_q.mutable_data_ptr<T>() + to, t_.q, b, token, rows, of_q);
-        one(t_.new_k.mutable_data_ptr<T>() + to, t_.k, b, token, rows, of_k);
-        if (t_.v) copy_heads(t_.new_v.mutable_data_ptr<T>() + to, token_row(*t_.v, b, token), t_.v->stride(2));
+        one(t_.new_q, to, next, t_.q, b, token, rows, of_q, [](int64_t) {});
+        if (!t_.v) {
+          one(t_.new_k, to, next, t_.k, b, token, rows, of_k, [](int64_t) {});
+          continue;
+        }
+        const T* v_from = token_row(*t_.v, b, token);
+        T* v_to = t_.new_v.mutable_data_ptr<T>() + to;
+        one(t_.new_k, to, next, t_.k, b, token, rows, of_k, [&](int64_t h) {  // v has no work to hide its way in
+          prefetch_head(v_from + h * t_.v->stride(2), dim_);
+          prefetch_head(v_to + h * dim_, dim_);
+        });
+        copy_heads(v_to, v_from, t_.v->stride(2));
       }
     });
   }
@@ -134,8 +143,8 @@ class Forward {
     float *plain, *rotated, *rstd;
   };
   struct Parameters {
-    float *weight, *bias, *weight_a, *weight_b, *turns[4];
-    bool folded;  // the weight goes into the angles: saves a pass over the heads, but cannot be where there is a bias
+    float *weight, *bias, *weight_a, *weight_b, *bias_a, *bias_b, *turns[6];
+    bool shifted;
     Turn turn{};
 
     Parameters(Scratch& scratch, const std::optional<at::Tensor>& w, const std::optional<at::Tensor>& b,
@@ -144,16 +153,20 @@ class Forward {
           bias(scratch.row(dim)),
           weight_a(scratch.row(dim / 2)),
           weight_b(scratch.row(dim / 2)),
-          folded(how.cos && !b) {
+          bias_a(scratch.row(dim / 2)),
+          bias_b(scratch.row(dim / 2)),
+          shifted(b.has_value()) {
       widen_parameter<T>(weight, w, dim, 1);
       widen_parameter<T>(bias, b, dim, 0);
       for (auto& row : turns) row = scratch.row(dim / 2);
-      if (folded) split_pairs(weight_a, weight_b, weight, how.pairs, dim);
+      if (how.cos) {
+        split_pairs(weight_a, weight_b, weight, how.pairs, dim);
+        split_pairs(bias_a, bias_b, bias, how.pairs, dim);
+      }
     }
 
+    // Weight and bias go into the angles and offsets of the token's rotation: that saves a pass over the heads.
     void weigh(const Turn& plain, int64_t pairs) {
-      turn = plain;
-      if (!folded) return;
       for (int64_t j = 0; j < pairs; ++j) {
         turns[0][j] = plain.cos_a[j] * weight_a[j];
         turns[1][j] = plain.sin_b[j] * weight_b[j];
@@ -161,6 +174,13 @@ class Forward {
         turns[3][j] = plain.sin_a[j] * weight_a[j];
       }
       turn = {turns[0], turns[1], turns[2], turns[3]};
+      if (!shifted) return;
+      for (int64_t j = 0; j < pairs; ++j) {
+        turns[4][j] = bias_a[j] * plain.cos_a[j] - bias_b[j] * plain.sin_b[j];
+        turns[5][j] = bias_b[j] * plain.cos_b[j] + bias_a[j] * plain.sin_a[j];
+      }
+      turn.offset_a = turns[4];
+      turn.offset_b = turns[5];
     }
   };
 
@@ -168,18 +188,22 @@ class Forward {
     return x.const_data_ptr<T>() + b * x.stride(0) + token * x.stride(1);
   }
 
-  void one(T* to, const at::Tensor& x, int64_t b, int64_t token, const Rows& rows, const Parameters& of) const {
-    const T* from = token_row(x, b, token);
+  // `beside`: as of rotate_heads.
+  template <typename F>
+  void one(const at::Tensor& out, int64_t at, int64_t next, const at::Tensor& x, int64_t b, int64_t token,
+           const Rows& rows, const Parameters& of, F beside) const {
+    const T *from = token_row(x, b, token), *next_to = out.const_data_ptr<T>() + next;
+    T* to = out.mutable_data_ptr<T>() + at;
     widen_heads(rows.plain, from, heads_, dim_, x.stride(2));
     centre(rows.plain, rows.rstd, heads_, dim_, how_.layer, static_cast<float>(how_.eps));
-    if (!of.folded) {
+    if (!how_.cos) {
       for (int64_t h = 0; h < heads_; ++h) scale(rows.plain + h * dim_, rows.rstd[h], of);
-    }
-    if (how_.cos) {
-      const Heads heads{rows.rotated, rows.plain, heads_, dim_, of.folded ? rows.rstd : nullptr};
+    } else {
+      const Heads heads{rows.rotated, rows.plain, heads_, dim_, rows.rstd};
       rotate_heads(heads, of.turn, how_.pairs, [&](int64_t h) {  // the next token, where it comes from and goes to
         prefetch_head(from + x.stride(1) + h * x.stride(2), dim_);
-        prefetch_head(to + channels_ + h * dim_, dim_);
+        prefetch_head(next_to + h * dim_, dim_);
+        beside(h);
       });
     }
     narrow_row(to, how_.cos ? rows.rotated : rows.plain, channels_);

@@ -13,6 +13,7 @@ from torch import Tensor
 from vidgen import ops
 from vidgen.nn import pack_patches, patch_positions, unpack_patches
 
+from . import checkpoints
 from .comparison import Case, Comparison
 
 INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "guidance")
@@ -409,6 +410,7 @@ def _release(name: str) -> Any:
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "batch_loss": batch_loss,
+    "checkpoint_convert": checkpoints.opensora_v2,
     "checkpoint_keys": checkpoint_keys,
     "conditions": conditions,
     "ema": ema,
@@ -423,4 +425,4 @@ RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "timestep_embedding": timestep_embedding,
     "train_step": train_step,
 }
-NOT_BUILT = {"buckets", "mm_buckets", "checkpoint_convert"}
+NOT_BUILT = {"buckets", "mm_buckets"}

@@ -442,7 +442,7 @@ def test_initial_weights_follow_the_original() -> None:
 
 
 def test_loss_falls() -> None:
-    """On two latents at fixed timesteps; 0.4 of the first loss is far below what the mean of the target gives."""
+    """On two latents at fixed timesteps; 0.1 of the first loss is far below what the mean of the target gives."""
     torch.manual_seed(0)
     model = OpenSoraT2V_v1_3(preset("tiny")).train()
     inputs = make_inputs(grid=(2, 4, 4))
@@ -463,4 +463,4 @@ def test_loss_falls() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.4 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]

@@ -143,7 +143,7 @@ def hunyuan_vae(case: Case, compare: Comparison) -> None:
     tiling = {"use_spatial_tiling": "s" in stated["tiling"], "use_temporal_tiling": "t" in stated["tiling"]}
     overlap = {"tile_overlap_factor": stated["tile"]["overlap"]}
     scale = {name: stated[name] for name in ("scale_factor", "shift_factor")}
-    vae = _vae({**stated["config"], **tiling, **overlap, **scale}, source.group("w/"))
+    vae = _vae({**stated["config"], **tiling, **overlap, **scale, "allow_misaligned_tiles": True}, source.group("w/"))
     seen: dict[str, Tensor] = {}
     hooks = _watch_vae(vae, compare.expected, seen)
     with torch.no_grad():
@@ -315,14 +315,13 @@ def train_step(case: Case, compare: Comparison) -> None:
         condition = {}
         if weights := options.get("condition_config"):
             types = [choose_condition(weights, latent.shape[2], random.Random(0)) for _ in range(batch)]
-            mask, masked = training_condition(inputs["video"], latent, types, vae.encode)
+            causal = options.get("is_causal_vae", True)
+            mask, masked = training_condition(inputs["video"], latent, types, vae.encode, causal=causal)
             condition = {"mask": mask, "masked_latent": masked}
-    text = {
-        name: training.drop_text(
-            t[:batch], t[-1:], inputs[f"drop_rand_{encoder}"], options["dropout_ratio"][encoder]
-        )
-        for (name, t), encoder in zip(_text(inputs), ("t5", "clip"), strict=True)
-    }  # fmt: skip
+    text = {name: t[:batch] for name, t in _text(inputs)}
+    for (name, t), encoder in zip(_text(inputs), ("t5", "clip"), strict=True):
+        if ratio := (options.get("dropout_ratio") or {}).get(encoder):
+            text[name] = training.drop_text(t[:batch], t[-1:], inputs[f"drop_rand_{encoder}"], ratio)
     arguments, target = training.training_inputs(
         latent, **text, normal=inputs["t_randn"], noise=inputs["noise_x1"], patch_size=patch,
         guidance=options.get("guidance", 4.0), sigma_min=case.meta["sigma_min"], **condition,

@@ -191,6 +191,14 @@ def test_tiles_of_time(frames: int) -> None:
 
 
 @torch.no_grad()
+def test_misaligned_tiles_are_an_option() -> None:
+    vae = make_vae(use_temporal_tiling=True, sample_tsize=16, tile_overlap_factor=0.4, allow_misaligned_tiles=True)
+    latent = torch.randn(1, 4, 9, 1, 1)
+    wanted = plain_tiles_of_time(vae._decode_whole, latent / 0.476986, 4, 16, 0.4)
+    torch.testing.assert_close(vae.decode(latent), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_short_videos_and_small_frames_are_not_tiled() -> None:
     vae, plain = (
         make_vae(use_temporal_tiling=True, use_spatial_tiling=True, sample_tsize=16, sample_size=32),

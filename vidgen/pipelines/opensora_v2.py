@@ -51,17 +51,17 @@ def model_config(parts: Parts) -> MMDiTConfig:
     return read_config(MMDiT, parts.transformer)
 
 
-def vae_config(parts: Parts) -> HunyuanVAEConfig:
-    file = needed(parts.vae) / "config.json"
-    values = read_json(file)
+def read_vae_config(folder: Path) -> HunyuanVAEConfig:
+    """The configuration of a VAE's folder, ours or that of diffusers."""
+    values = read_json(folder / "config.json")
     if isinstance(values, dict) and values.get("_class_name") == DIFFUSERS_CLASS:
         return HunyuanVAEConfig.from_diffusers(values)
-    return read_config(HunyuanVAE, needed(parts.vae))
+    return read_config(HunyuanVAE, folder)
 
 
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    vae = vae_config(job.parts)
+    vae = read_vae_config(needed(job.parts.vae))
     frames = sampling.latent_frames(job.frames, time_ratio=vae.time_compression_ratio)
     return [frames, job.height // vae.spatial_compression_ratio, job.width // vae.spatial_compression_ratio]
 
@@ -79,7 +79,7 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    vae, config = vae_config(job.parts), model_config(job.parts)
+    vae, config = read_vae_config(needed(job.parts.vae)), model_config(job.parts)
     found = size_problems(job, vae.time_compression_ratio, config.patch_size * vae.spatial_compression_ratio)
     chosen = job.settings.condition
     if chosen is not None and chosen not in CONDITION_TYPES:
@@ -138,7 +138,8 @@ def encode_text(encoders: Encoders, text: str) -> dict[str, Tensor]:
 
 def texts(job: Job, request: Request) -> tuple[str, str]:
     """The positive and the negative text of a request, as the encoders are to see them."""
-    return opensora_v2_prompt(job.parts.prompt_prefix + request.prompt, fps=round(job.fps)), job.negative(request)
+    prompt = job.parts.prompt_prefix + request.prompt
+    return opensora_v2_prompt(prompt, fps=round(job.fps), motion_score=job.parts.motion_score), job.negative(request)
 
 
 def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> HunyuanVAE:

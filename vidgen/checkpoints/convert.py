@@ -192,6 +192,8 @@ def convert(
 
 def plan(source: Path, target: Path, wanted: Options) -> tuple[str, State, list[File]]:
     """Everything but the writing: the model's name, its whole state in our names, and the files to write."""
+    if wanted.tp < 1:
+        raise ValueError(f"tensor-parallel ranks must be at least 1, got {wanted.tp}")
     if wanted.to not in TREES and (wanted.tp != 1 or wanted.stages is not None):
         raise ValueError(f"only trees ({', '.join(TREES)}) are cut over ranks and stages, got {wanted.to}")
     opened = open_source(source, ema=wanted.ema, iteration=wanted.iteration)

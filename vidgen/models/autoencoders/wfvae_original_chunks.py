@@ -30,7 +30,7 @@ class MisplacedStream(Stream):
         self._kept[layer] = last_frames(x, count + ahead, before)[:, :, :count].clone()
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Upsamplers keep the last frame but one, see :func:`decode_with_original_chunks`; the rest keep nothing."""
+        """Upsamplers keep the last frame but one, by a hook of :func:`decode_with_original_chunks`."""
 
 
 @torch.no_grad()
@@ -54,9 +54,8 @@ def decode_with_original_chunks(vae: WFVAE, latent: Tensor) -> Tensor:
     z, decoder = vae.unnormalize(latent), vae.decoder
     stream = MisplacedStream(convolutions_ahead(decoder))
     hooks = [
-        # frame 0 is not among those that are doubled
-        module.register_forward_pre_hook(
-            lambda module, inputs: stream._kept.__setitem__(module, inputs[0][:, :, -2:-1].clone())
+        module.register_forward_hook(
+            lambda module, inputs, output: stream._kept.__setitem__(module, inputs[0][:, :, -2:-1].clone())
         )
         for module in decoder.modules()
         if isinstance(module, Upsample3D)

@@ -472,6 +472,9 @@ def test_fresh_weights_are_those_of_sat() -> None:
     assert abs(float(block.ff.net[2].weight.detach().std()) - 0.02 / 16**0.5) < 0.0003
     assert not block.attn1.to_q.bias.any()
     assert model.norm_out.linear.weight.any() and not model.proj_out.bias.any()
+    for weight in (model.patch_embed.proj.weight.flatten(1), model.proj_out.weight):  # Xavier uniform
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
     assert not model.patch_embed.pos_embedding.any()
     inputs = make_inputs(model.config, (3, 6, 10))
     with torch.no_grad():  # the blocks begin as identities

@@ -6,7 +6,9 @@ All ranks draw the same whole problem, solve it alone, solve their part of it to
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import torch
@@ -131,8 +133,29 @@ def placed(sizes: tuple[int, ...]) -> list[Tensor]:
     return list(torch.arange(sum(sizes)).split(list(sizes)))
 
 
-def ulysses(
+GROUPS: dict[tuple[int, ...], Group] = {}
+
+
+def make_groups(world: int, timeout: datetime.timedelta) -> None:
+    """All groups of consecutive or evenly spaced ranks; every process has to make all of them."""
+    for count in range(1, world + 1):
+        for step in range(1, world):
+            for first in range(world - (count - 1) * step):
+                ranks = tuple(range(first, first + count * step, step))
+                if ranks not in GROUPS:
+                    GROUPS[ranks] = dist.new_group(list(ranks), timeout=timeout)
+
+
+def grid(group: Group, inner: int) -> tuple[Group, Group]:
+    """This rank's group of ``inner`` consecutive ranks, and that of the ranks at the same place of theirs."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    first = rank - rank % inner
+    return GROUPS[tuple(range(first, first + inner))], GROUPS[tuple(range(rank % inner, ranks, inner))]
+
+
+def attention(
     group: Group,
+    mode: str,
     shape: tuple[int, int, int, int],
     *,
     text: int = 0,
@@ -143,22 +166,187 @@ def ulysses(
     sizes: tuple[int, ...] | None = None,
     sparse_n: int = 1,
     pattern: str = "single",
+    inner: int = 1,
+    **parallel: Any,
 ) -> Errors:
+    """``mode`` is ulysses, ring, ulysses_inner or ring_inner; ``inner`` the size of the inner group of the latter."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
-    sizes = sizes or cp.shard_sizes(shape[1], ranks)
+    sizes = sizes or cp.shard_sizes(shape[1], ranks, 1 if mode == "ulysses" else cp.skiparse_multiple([sparse_n]))
     text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
+    options = {"sizes": sizes if tell_sizes else None, "text_sizes": text_sizes, **parallel}
 
-    def attend(**own: Any) -> Any:
-        return cp.ulysses_attention(
-            own.pop("q"),
-            own.pop("k"),
-            own.pop("v"),
-            group,
-            sizes=sizes if tell_sizes else None,
-            text_sizes=text_sizes,
-            **own,
-        )
+    def attend(*, q: Tensor, k: Tensor, v: Tensor, **own: Any) -> Any:
+        if mode == "ulysses":
+            return cp.ulysses_attention(q, k, v, group, **own, **options)
+        if mode == "ring":
+            return cp.ring_attention(q, k, v, group, **own, **options)
+        near, far = grid(group, inner)
+        groups = (near, far) if mode == "ulysses_inner" else (far, near)
+        return cp.usp_attention(q, k, v, *groups, order=mode, **own, **options)
 
     text_tokens = placed(text_sizes) if text_sizes else None
     return compare(group, attend, problem, placed(sizes), text_tokens, rank, sparse_n=sparse_n, pattern=pattern)
+
+
+def group_parallel(
+    group: Group,
+    shape: tuple[int, int, int, int],
+    *,
+    sparse_n: int,
+    pattern: str,
+    text: int = 0,
+    text_queries: bool = True,
+    masked: bool = False,
+) -> Errors:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
+    placement = cp.Groups(shape[1], sparse_n, pattern, ranks)
+
+    def attend(*, q: Tensor, k: Tensor, v: Tensor, sparse_n: int, pattern: str, **own: Any) -> Any:
+        return cp.skiparse_group_parallel(q, k, v, placement, group, **own)
+
+    tokens = [placement.tokens(rank) for rank in range(ranks)]
+    return compare(group, attend, problem, tokens, None, rank, sparse_n=sparse_n, pattern=pattern)
+
+
+def layers(group: Group, tokens: int, ratios: list[int], text: int, masked: bool = False) -> Errors:
+    """Layers of a small Skiparse network, in single-skip and group-skip by turns, some of them dense: the stream moves
+    from shards through the placements and back. Compares the streams and the gradients of inputs and weights."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    batch, heads, dim = 2, 3, 4
+    width = heads * dim
+    random = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(batch, n, width, generator=random) for n in (tokens, text))
+    weights = torch.randn(len(ratios), 2, 3, width, width, generator=random) * width**-0.5
+    grad = torch.randn(batch, tokens, width, generator=random)
+    text_grads = torch.randn(ranks, batch, text, width, generator=random)
+    mask = draw_problem(2, batch, tokens, 1, 1, masked=masked)["mask"]
+
+    def run(x: Tensor, y: Tensor, weights: Tensor, attend: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        for i, ratio in enumerate(ratios):
+            x, out, text_out = attend(x, y, weights[i], ratio, "group" if i % 2 else "single")
+            x, y = x + out.flatten(2), y + text_out.flatten(2)
+        return x, y
+
+    def project(x: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        names = ("q", "k", "v", "text_q", "text_k", "text_v")
+        both = [t @ w for t, three in ((x, weights[0]), (y, weights[1])) for w in three]
+        return {name: t.unflatten(-1, (heads, dim)) for name, t in zip(names, both, strict=True)}
+
+    def whole(x: Tensor, y: Tensor, weights: Tensor, ratio: int, pattern: str) -> Any:
+        out = ops.skiparse_attention(**project(x, y, weights), sparse_n=ratio, pattern=pattern, mask=mask)
+        return x, *out
+
+    shards = cp.Shards(cp.shard_sizes(tokens, ranks))
+    where: list[Any] = [shards]
+
+    def spread(x: Tensor, y: Tensor, weights: Tensor, ratio: int, pattern: str) -> Any:
+        if ratio == 1:  # dense attention takes the tokens as they lie
+            sizes = [len(where[-1].tokens(r)) for r in range(ranks)]
+            order = torch.cat([where[-1].tokens(r) for r in range(ranks)])
+            shown = None if mask is None else mask[:, order]
+            return x, *cp.ulysses_attention(**project(x, y, weights), group=group, sizes=sizes, mask=shown)
+        where.append(cp.Groups(tokens, ratio, pattern, ranks))
+        x = cp.move_tokens(x, where[-2], where[-1], group)
+        qkv = project(x, y, weights)
+        out = cp.skiparse_group_parallel(**qkv, placement=where[-1], group=group, mask=mask)
+        return x, *out
+
+    leaves = [t.clone().requires_grad_() for t in (x, y, weights)]
+    expected = run(*leaves, whole)
+    torch.autograd.backward(expected, [grad, text_grads.sum(0)])
+    own = [t.clone().requires_grad_() for t in (x[:, shards.tokens(rank)], y, weights)]
+    out, text_out = run(*own, spread)
+    out = cp.move_tokens(out, where[-1], shards, group)
+    torch.autograd.backward([out, text_out], [grad[:, shards.tokens(rank)], text_grads[rank]])
+    for part in own[1:]:
+        dist.all_reduce(part.grad, group=group)
+    errors = {
+        "out": difference(out.detach(), expected[0].detach()[:, shards.tokens(rank)]),
+        "text_out": difference(text_out.detach(), expected[1].detach()),
+    }
+    for name, mine, leaf in zip(("x", "y", "weights"), own, leaves, strict=True):
+        want = leaf.grad[:, shards.tokens(rank)] if name == "x" else leaf.grad
+        # Relative: few keys are shown, whose gradients so are large.
+        errors[f"grad of {name}"] = difference(mine.grad, want) / leaf.grad.abs().max().item()
+    return errors
+
+
+def moves(group: Group, seed: int) -> bool:
+    """Random placements, one after the other: each rank always holds what the placement says, in its order."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    random = Random(seed)
+    for _ in range(20):
+        tokens = random.choice((0, 1, 5, 16, 33, 100))
+        x = torch.stack((torch.arange(tokens), 1000 + torch.arange(tokens))).unsqueeze(-1).expand(-1, -1, 3)
+        cuts = sorted(random.choices(range(tokens + 1), k=ranks - 1))
+        uneven = tuple(b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True))
+        course: list[Any] = [cp.Shards(uneven), cp.Shards(cp.shard_sizes(tokens, ranks, random.choice((1, 4, 9))))]
+        course += [cp.Groups(tokens, random.randint(1, 9), random.choice(("single", "group")), ranks) for _ in range(4)]
+        random.shuffle(course)
+        here = x[:, course[0].tokens(rank)]
+        for source, target in zip(course, course[1:], strict=False):
+            here = cp.move_tokens(here, source, target, group)
+            if not torch.equal(here, x[:, target.tokens(rank)]):
+                return False
+    return True
+
+
+# Bytes
+
+
+class Counted:
+    """Counts the bytes that this rank gives to others, in the collectives that context parallelism uses."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.bytes = group, 0
+
+    def __enter__(self) -> Counted:
+        self.originals = dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather
+        all_to_all, batch, _ = self.originals
+
+        def counted_all_to_all(out: Tensor, given: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
+            away = sum(sent) - sent[dist.get_rank(self.group)]
+            self.bytes += away * given[:1].numel() * given.element_size()
+            return all_to_all(out, given, received, sent, **rest)
+
+        def counted_batch(messages: list[Any]) -> Any:
+            self.bytes += sum(m.tensor.numel() * m.tensor.element_size() for m in messages if m.op is dist.isend)
+            return batch(messages)
+
+        def unexpected(*args: Any, **rest: Any) -> Any:
+            raise AssertionError("a collective that is not counted")
+
+        dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather = counted_all_to_all, counted_batch, unexpected
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather = self.originals
+
+
+def volume(
+    group: Group, mode: str, tokens: int, heads: int, dim: int, text: int, sparse_n: int, shard_text: bool = False
+) -> tuple[int, int]:
+    """Bytes that this rank sends for one layer, forward and backward, in float32 (hidden states move before it)."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    sizes = cp.shard_sizes(tokens, ranks)
+    text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
+    own_text = text_sizes[rank] if text_sizes else text
+    rows = sizes[rank]
+    if mode == "group":
+        single, grouped = (cp.Groups(tokens, sparse_n, pattern, ranks) for pattern in ("single", "group"))
+        rows = len(single.tokens(rank))
+    x, y = (torch.randn(1, n, heads, dim, requires_grad=True) for n in (rows, own_text))
+    options: dict[str, Any] = {f"text_{name}": y for name in "qkv"} if text else {}
+    with Counted(group) as forward:
+        if mode == "group":
+            moved = cp.move_tokens(x, single, grouped, group)
+            out = cp.skiparse_group_parallel(moved, moved, moved, grouped, group, **options)
+        else:
+            attend = cp.ulysses_attention if mode == "ulysses" else cp.ring_attention
+            out = attend(x, x, x, group, sizes=sizes, text_sizes=text_sizes, **options)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    with Counted(group) as backward:
+        torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+    return forward.bytes, backward.bytes

@@ -9,12 +9,14 @@ out wrong, and those before them are of a video that ends there.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from .layers import CausalConv3d, Upsample3D
 from .streaming import Stream, last_frames
-from .wfvae import WFVAE
+from .wfvae import WFVAE, Decoder
 
 
 class MisplacedStream(Stream):
@@ -51,7 +53,7 @@ def decode_with_original_chunks(vae: WFVAE, latent: Tensor) -> Tensor:
         return vae.decode(latent)
     if frames == 2:
         raise ValueError("decode_with_original_chunks: latent must not have 2 frames, which the original cannot chunk")
-    z, decoder = vae.unnormalize(latent), vae.decoder
+    z, decoder = vae.unnormalize(latent), cast(Decoder, vae.decoder)
     stream = MisplacedStream(convolutions_ahead(decoder))
     hooks = [
         module.register_forward_hook(
@@ -67,7 +69,7 @@ def decode_with_original_chunks(vae: WFVAE, latent: Tensor) -> Tensor:
     return torch.cat((before, decoder(z[:, :, -1:], stream)[0]), 2)
 
 
-def convolutions_ahead(decoder: nn.Module) -> dict[nn.Module, int]:
+def convolutions_ahead(decoder: Decoder) -> dict[nn.Module, int]:
     """How many frames of each convolution's input the original takes for the look-ahead: 1 below the upsampler of time,
     2 above it.
     """

@@ -8,7 +8,7 @@ rows, then columns), S text tokens, D hidden width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class OpenSoraT2V_v1_3(PretrainedModel):
     ``gradient_checkpointing = True`` recomputes each block in the backward pass instead of keeping its activations.
     """
 
-    config_class: type = OpenSoraConfig
+    config_class: ClassVar[type] = OpenSoraConfig
     config: OpenSoraConfig
     convert_state_dict = staticmethod(keys.convert_state_dict)
 
@@ -267,7 +267,8 @@ class OpenSoraInpaint_v1_3(OpenSoraT2V_v1_3):
     def embed(self, hidden_states: Tensor) -> Tensor:
         channels = self.config.in_channels
         latent, given, mask = hidden_states.split((channels, channels, self.config.vae_scale_factor_t), 1)
-        return self.pos_embed(latent) + self.pos_embed_masked_hidden_states(given) + self.pos_embed_mask(mask)
+        embeds: list[Any] = [getattr(self, name) for name in keys.INPAINT_MODULES]
+        return self.pos_embed(latent) + embeds[0](given) + embeds[1](mask)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """As the text-to-video model, and zeros between what is given and the rest."""

@@ -4,7 +4,7 @@
 The original decodes latent frame 0 and then two at a time, looking one frame ahead at each chunk's end. Every
 convolution keeps the frames before that look-ahead for the next chunk. With an even number of latent frames the last
 chunk but one has no look-ahead, and the convolutions keep frames from too early: the last four frames of the video come
-out wrong, and those before them are of a video that ends there.
+out wrong, and the two before them are of a video that ends there.
 """
 
 from __future__ import annotations

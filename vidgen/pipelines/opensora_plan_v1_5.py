@@ -43,7 +43,7 @@ def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
     factor, side, _ = read_vae_config(needed(job.parts.vae)).vae_scale_factor
     patch = read_config(SparseUMMDiT, job.parts.transformer).patch_size
-    found = size_problems(job, factor, side * patch)
+    found = size_problems(job, factor, side * patch, side)
     if any(request.references for request in requests):
         found.append("opensora_plan_v1_5 takes no images and no videos")
     return found

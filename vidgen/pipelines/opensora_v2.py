@@ -81,6 +81,10 @@ def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
     vae, config = read_vae_config(needed(job.parts.vae)), model_config(job.parts)
     found = size_problems(job, vae.time_compression_ratio, config.patch_size * vae.spatial_compression_ratio)
+    try:
+        decoding_config(job, vae)
+    except ValueError as error:
+        found.append(f"tile_size or tile_frames: {error}")
     chosen = job.settings.condition
     if chosen is not None and chosen not in CONDITION_TYPES:
         return [*found, f"condition must be one of {', '.join(CONDITION_TYPES)}, got {chosen!r}"]
@@ -221,10 +225,15 @@ def sample_latents(
 
 def decode(vae: HunyuanVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
     """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``: tiles of time."""
+    vae.config = decoding_config(job, vae.config)
+    return vae.decode_stream(latent)
+
+
+def decoding_config(job: Job, config: HunyuanVAEConfig) -> HunyuanVAEConfig:
+    """The VAE's configuration with the job's tiles. Raises ValueError for tiles that do not line up."""
     changes: dict[str, Any] = {}
     if job.settings.tile_frames:
         changes |= {"use_temporal_tiling": True, "sample_tsize": job.settings.tile_frames}
     if job.settings.tile_size is not None:
         changes |= {"use_spatial_tiling": True, "sample_size": job.settings.tile_size}
-    vae.config = dataclasses.replace(vae.config, **changes)
-    return vae.decode_stream(latent)
+    return dataclasses.replace(config, **changes)

@@ -293,6 +293,28 @@ def moves(group: Group, seed: int) -> bool:
     return True
 
 
+def precision(group: Group) -> dict[str, tuple[float, float]]:
+    """Squared errors in bfloat16 against float64: of a ring's shard here, and of PyTorch's attention in one process."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    random = torch.Generator().manual_seed(3)
+    *given, grad = (torch.randn(1, 512, 2, 64, generator=random).bfloat16() for _ in range(4))
+
+    def dense(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in leaves)).transpose(1, 2)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    shard = torch.arange(512).chunk(ranks)[rank]
+    truth = dense(*(t.double() for t in given))
+    own = [t[:, shard].requires_grad_() for t in given]
+    out = cp.ring_attention(*own, group)
+    ring = [out.detach(), *torch.autograd.grad(out, own, grad[:, shard])]
+    return {
+        name: ((a - true[:, shard]).square().sum().item(), (b - true).square().sum().item())
+        for name, a, b, true in zip(("out", "q", "k", "v"), ring, dense(*given), truth, strict=True)
+    }
+
+
 # Bytes
 
 
@@ -350,3 +372,56 @@ def volume(
     with Counted(group) as backward:
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
     return forward.bytes, backward.bytes
+
+
+# Refusals
+
+
+def refusal(group: Group, what: str) -> str:
+    """The words with which a rank refuses wrong arguments; the last rank's are wrong, or all are."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    last = rank == ranks - 1
+    q = torch.randn(2, 4, 3, 4)
+    text = {f"text_{name}": torch.randn(2, 3, 3, 4) for name in "qkv"}
+    sizes = (4,) * ranks
+    wider = torch.randn(2, 4, 4, 4)
+    bad = wider if last else q
+    mask = torch.ones(2, 4 * ranks, dtype=torch.bool)
+    placement = cp.Groups(4 * ranks, 4, "single", ranks)
+    alike = {"q": q, "k": q, "v": q}
+    other = dist.GroupMember.NON_GROUP_MEMBER
+    calls: dict[str, Callable[[], Any]] = {
+        "no group": lambda: cp.ulysses_attention(q, q, q, None),
+        "not in it": lambda: cp.ulysses_attention(q, q, q, other),
+        "heads differ": lambda: cp.ulysses_attention(bad, bad, bad, group),
+        "dtypes differ": lambda: cp.ring_attention(*(q.double() if last else q for _ in range(3)), group),
+        "one refuses": lambda: cp.ring_attention(q, bad, bad, group),
+        "text differs": lambda: cp.ring_attention(q, q, q, group, **{n: t[:, : 3 - last] for n, t in text.items()}),
+        "one has text": lambda: cp.ulysses_attention(q, q, q, group, **({} if last else text)),
+        "one has a mask": lambda: cp.ulysses_attention(q, q, q, group, mask=mask if last else None),
+        "masks differ": lambda: cp.ring_attention(q, q, q, group, mask=mask[:, int(last) :]),
+        "patterns differ": lambda: cp.ulysses_attention(q, q, q, group, sparse_n=2, pattern=("single", "group")[last]),
+        "short mask": lambda: cp.ulysses_attention(q, q, q, group, sizes=sizes, mask=mask[:, 1:]),
+        "float mask": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, mask=mask.float()),
+        "short text mask": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, **text, text_mask=mask[:, :2]),
+        "too few sizes": lambda: cp.ulysses_attention(q, q, q, group, sizes=sizes[1:]),
+        "other sizes": lambda: cp.ulysses_attention(q, q, q, group, sizes=(5,) * ranks),
+        "other text sizes": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, **text, text_sizes=(2,) * ranks),
+        "half a text": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, text_k=q),
+        "text mask only": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, text_mask=mask),
+        "other heads of text": lambda: cp.ring_attention(q, q, q, group, sizes=sizes, text_k=wider, text_v=wider),
+        "misplaced shards": lambda: cp.ring_attention(q, q, q, group, sparse_n=4, pattern="group"),
+        "window": lambda: cp.ring_attention(q, q, q, group, window=3),
+        "order": lambda: cp.usp_attention(q, q, q, GROUPS[rank,], group, order="outer"),
+        "same groups": lambda: cp.usp_attention(q, q, q, group, group),
+        "ranks of a placement": lambda: cp.move_tokens(q, placement, cp.Shards((4 * ranks,)), group),
+        "lengths of placements": lambda: cp.move_tokens(q, placement, cp.Shards((3,) * ranks), group),
+        "rows of a placement": lambda: cp.move_tokens(q[:, 1:], placement, cp.Shards(sizes), group),
+        "rows of groups": lambda: cp.skiparse_group_parallel(q[:, 1:], q[:, 1:], q[:, 1:], placement, group),
+        "mask of groups": lambda: cp.skiparse_group_parallel(**alike, placement=placement, group=group, mask=mask[:1]),
+    }
+    try:
+        calls[what]()
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"

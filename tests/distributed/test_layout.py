@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidgen.ops import context_parallel as cp
@@ -13,8 +13,10 @@ from vidgen.ops import skiparse_index
 from vidgen.ops.context_parallel.layout import misplaced_shard, ring_blocks, route
 
 RANKS, RATIOS, PATTERNS = st.integers(1, 8), st.integers(1, 9), st.sampled_from(["single", "group"])
+without_deadline = settings(max_examples=60, deadline=None)
 
 
+@without_deadline
 @given(st.integers(0, 500), RANKS, st.integers(1, 20))
 def test_shards_are_even_and_aligned(length: int, ranks: int, multiple: int) -> None:
     sizes = cp.shard_sizes(length, ranks, multiple)
@@ -33,6 +35,7 @@ def test_shards_by_example() -> None:
     assert cp.skiparse_multiple([2, 3]) == 36
 
 
+@without_deadline
 @given(st.integers(0, 300), RANKS, RATIOS, PATTERNS)
 def test_aligned_shards_keep_their_groups(length: int, ranks: int, ratio: int, pattern: str) -> None:
     """A shard numbered from zero falls into the groups of the whole sequence, and no shard is called misplaced."""
@@ -49,6 +52,7 @@ def test_aligned_shards_keep_their_groups(length: int, ranks: int, ratio: int, p
                 assert torch.equal(tokens, skiparse_index(len(tokens), ratio, pattern)[0])
 
 
+@without_deadline
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), RATIOS, PATTERNS)
 def test_misplaced_shards_are_found(sizes: list[int], ratio: int, pattern: str) -> None:
     whole, _ = skiparse_index(sum(sizes), ratio, pattern)
@@ -67,6 +71,7 @@ def test_blocks_of_both_orders() -> None:
         ring_blocks(2, 3, "outer")
 
 
+@without_deadline
 @given(st.integers(0, 300), RATIOS, PATTERNS, RANKS)
 def test_groups_are_whole_and_complete(length: int, ratio: int, pattern: str, ranks: int) -> None:
     placement = cp.Groups(length, ratio, pattern, ranks)
@@ -87,6 +92,7 @@ def test_groups_are_whole_and_complete(length: int, ratio: int, pattern: str, ra
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(length))
 
 
+@without_deadline
 @given(st.integers(0, 200), st.tuples(RATIOS, RATIOS), st.tuples(PATTERNS, PATTERNS), RANKS)
 def test_routes_deliver(length: int, ratios: tuple[int, int], patterns: tuple[str, str], ranks: int) -> None:
     """Play the exchange in one process."""

@@ -53,7 +53,10 @@ def make_plan(
     sparse_n: int,
     pattern: str,
 ) -> Plan:
-    """Check everything that a call was given, and learn the ``sizes`` from the other ranks where they are None."""
+    """Check everything that a call was given, and learn the ``sizes`` from the other ranks where they are None.
+
+    A mode that has no Ulysses or no ring gives None for its group.
+    """
     u, num_u = place_in(op, "ulysses_group", ulysses_group) if ulysses_group is not None else (0, 1)
     p, num_p = place_in(op, "ring_group", ring_group) if ring_group is not None else (0, 1)
     if ulysses_group is not None and ring_group is not None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..skiparse_attention import skiparse_attention
-from .checks import Plan, make_plan
+from .checks import Plan, make_plan, place_in
 from .exchange import Shape, exchange, gather
 from .layout import shard_sizes
 
@@ -66,8 +66,10 @@ def ulysses_attention(
         ValueError: shapes, dtypes or devices do not fit each other or ``sizes``, this process is not in ``group``,
             or, without ``sizes``, the ranks' arguments do not fit each other.
     """
+    op = "ulysses_attention"
+    place_in(op, "group", group)
     plan = make_plan(
-        "ulysses_attention",
+        op,
         *(q, k, v, text_q, text_k, text_v),
         ulysses_group=group,
         ring_group=None,

@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import make_plan
+from .checks import make_plan, place_in
 from .ring import Links, attend_in_ring, check_window
 from .ulysses import by_heads
 
@@ -55,6 +55,8 @@ def usp_attention(
         ValueError: as :func:`ring_attention`; an unknown ``order``; the groups share more than this rank.
     """
     op = "usp_attention"
+    place_in(op, "ulysses_group", ulysses_group)
+    place_in(op, "ring_group", ring_group)
     check_window(op, ring_group, window, window_group)
     plan = make_plan(
         op,

@@ -280,9 +280,7 @@ def recognise(names: Sequence[str], model: str | None = None) -> tuple[str, str]
         if model is not None and not MODELS[model].layouts:
             return model, "ours"
         words = ", ".join(list(names)[:SHOWN])
-        raise ValueError(
-            f"these are not the tensors of {model or 'any model here (' + ', '.join(MODELS) + ')'}: {words}"
-        )
+        raise ValueError(f"these are not the tensors of {model or ' or '.join(MODELS)}: {words}")
     return best[1], best[2]
 
 

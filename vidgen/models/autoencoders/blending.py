@@ -47,6 +47,7 @@ def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float)
             row.append(tile[:, :, :, :kept, :kept].clone())
             margins.append(last(tile, 3, margin))
             left = last(tile, 4, margin)
+            del tile  # not while the next one is computed
         rows.append(torch.cat(row, 4))
         above = margins
     return torch.cat(rows, 3)
@@ -75,7 +76,7 @@ def blend_frames(code: Code, x: Tensor, size: int, out_size: int, overlap: float
         before = last(tile, 2, margin)
         if piece.shape[2]:
             yield piece
-        del tile, piece  # not while the next tile is computed
+        del tile, piece
 
 
 def blend(before: Tensor, tile: Tensor, dim: int, margin: int) -> None:

@@ -75,9 +75,11 @@ def compare(
     tokens: list[Tensor],
     text_tokens: list[Tensor] | None,
     rank: int,
+    *,
+    relative: bool = False,
     **options: Any,
 ) -> Errors:
-    """Largest differences from one process, of outputs and of gradients of every input.
+    """Largest differences from one process, of outputs and of gradients of every input (``relative`` to the largest).
 
     ``tokens`` says which tokens each rank holds, ``text_tokens`` the same of the text; None: all of it.
     """
@@ -118,7 +120,7 @@ def compare(
             mine = slice(None)
         else:
             mine = text_tokens[rank] if name.startswith("text") and text_tokens is not None else tokens[rank]
-        errors[f"grad of {name}"] = difference(got, want[:, mine])
+        errors[f"grad of {name}"] = difference(got, want[:, mine]) / (want.abs().max().item() if relative else 1)
     assert len(outs) == len(expected)
     return errors
 
@@ -167,6 +169,7 @@ def attention(
     sparse_n: int = 1,
     pattern: str = "single",
     inner: int = 1,
+    relative: bool = False,
     **parallel: Any,
 ) -> Errors:
     """``mode`` is ulysses, ring, ulysses_inner or ring_inner; ``inner`` the size of the inner group of the latter."""
@@ -174,19 +177,21 @@ def attention(
     problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
     sizes = sizes or cp.shard_sizes(shape[1], ranks, 1 if mode == "ulysses" else cp.skiparse_multiple([sparse_n]))
     text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
-    options = {"sizes": sizes if tell_sizes else None, "text_sizes": text_sizes, **parallel}
+    parallel.update(sizes=sizes if tell_sizes else None, text_sizes=text_sizes)
 
     def attend(*, q: Tensor, k: Tensor, v: Tensor, **own: Any) -> Any:
+        own.update(parallel)
         if mode == "ulysses":
-            return cp.ulysses_attention(q, k, v, group, **own, **options)
+            return cp.ulysses_attention(q, k, v, group, **own)
         if mode == "ring":
-            return cp.ring_attention(q, k, v, group, **own, **options)
+            return cp.ring_attention(q, k, v, group, **own)
         near, far = grid(group, inner)
         groups = (near, far) if mode == "ulysses_inner" else (far, near)
-        return cp.usp_attention(q, k, v, *groups, order=mode, **own, **options)
+        return cp.usp_attention(q, k, v, *groups, order=mode, **own)
 
     text_tokens = placed(text_sizes) if text_sizes else None
-    return compare(group, attend, problem, placed(sizes), text_tokens, rank, sparse_n=sparse_n, pattern=pattern)
+    options = {"sparse_n": sparse_n, "pattern": pattern, "relative": relative}
+    return compare(group, attend, problem, placed(sizes), text_tokens, rank, **options)
 
 
 def group_parallel(
@@ -313,6 +318,85 @@ def precision(group: Group) -> dict[str, tuple[float, float]]:
         name: ((a - true[:, shard]).square().sum().item(), (b - true).square().sum().item())
         for name, a, b, true in zip(("out", "q", "k", "v"), ring, dense(*given), truth, strict=True)
     }
+
+
+def overlap(group: Group, window: int) -> list[tuple[str, int]]:
+    """What a ring does in turn: each block of attention, and how many hops are under way at that time."""
+    from vidgen.ops.context_parallel import ring
+
+    events: list[tuple[str, int]] = []
+    under_way: set[Any] = set()
+    originals = ring.Hop.__init__, ring.Hop.wait, ring.attend, ring.attend_backward
+
+    def start(self: Any, *args: Any) -> None:
+        originals[0](self, *args)
+        under_way.add(self)
+
+    def wait(self: Any) -> Tensor:
+        under_way.remove(self)
+        return originals[1](self)
+
+    def forward(*args: Any) -> Any:
+        events.append(("forward", len(under_way)))
+        return originals[2](*args)
+
+    def backward(*args: Any) -> Any:
+        events.append(("backward", len(under_way)))
+        return originals[3](*args)
+
+    ring.Hop.__init__, ring.Hop.wait, ring.attend, ring.attend_backward = start, wait, forward, backward
+    try:
+        q = torch.randn(1, 3, 2, 4, requires_grad=True)
+        cp.ring_attention(q, q, q, group, window=window).sum().backward()
+    finally:
+        ring.Hop.__init__, ring.Hop.wait, ring.attend, ring.attend_backward = originals
+    assert not under_way
+    return events
+
+
+def sampling(group: Group) -> Errors:
+    """All modes without autograd, on groups that a DeviceMesh made."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("ring", "ulysses"))
+    problem = draw_problem(1, 2, 23, 3, 4, text=5)
+    errors = {}
+    with torch.inference_mode():
+        expected, expected_text = ops.skiparse_attention(**problem, sparse_n=2, pattern="group")
+        sizes = cp.shard_sizes(23, ranks, 4)
+        mine, placement = placed(sizes)[rank], cp.Groups(23, 2, "group", ranks)
+        grouped = placement.tokens(rank)
+        text = {name: problem[name] for name in ("text_q", "text_k", "text_v")}
+        q, k, v = (problem[name] for name in "qkv")
+        own = [t[:, mine] for t in (q, k, v)]
+        options = {**text, "sizes": sizes, "sparse_n": 2, "pattern": "group"}
+        pairs = mesh["ulysses"].get_group(), mesh["ring"].get_group()
+        for name, tokens, (out, text_out) in (
+            ("ulysses", mine, cp.ulysses_attention(*own, group, **options)),
+            ("ring", mine, cp.ring_attention(*own, group, **options)),
+            ("both", mine, cp.usp_attention(*own, *pairs, **options)),
+            (
+                "groups",
+                grouped,
+                cp.skiparse_group_parallel(*(t[:, grouped] for t in (q, k, v)), placement, group, **text),
+            ),
+        ):
+            errors[name] = difference(out, expected[:, tokens])
+            errors[f"text of {name}"] = difference(text_out, expected_text)
+    return errors
+
+
+def second_group(group: Group) -> Errors:
+    """Hops between windows in a group of their own."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    problem, sizes = draw_problem(4, 1, 14, 2, 4, text=3), cp.shard_sizes(14, ranks)
+
+    def attend(*, q: Tensor, k: Tensor, v: Tensor, **own: Any) -> Any:
+        own.update(window=2, window_group=dist.group.WORLD)
+        return cp.ring_attention(q, k, v, group, sizes=sizes, **own)
+
+    return compare(group, attend, problem, placed(sizes), None, rank, sparse_n=1, pattern="single")
 
 
 # Bytes

@@ -27,7 +27,11 @@ UNEVEN = {1: (13,), 2: (9, 4), 3: (1, 12, 0), 4: (0, 5, 7, 1)}
 def require_equal(pool: Pool, ranks: int, **case: Any) -> None:
     if case.get("sizes") == "uneven":
         case["sizes"] = UNEVEN[ranks]
-    for rank, errors in enumerate(pool.run("attention", ranks, **case)):
+    require_small(pool.run("attention", ranks, **case))
+
+
+def require_small(replies: list[dict[str, float]]) -> None:
+    for rank, errors in enumerate(replies):
         for what, error in errors.items():
             assert error <= 1e-5, f"{what} on rank {rank}: {error}"
 
@@ -55,3 +59,26 @@ def test_ulysses_times_ring(pool: Pool, name: str, order: str) -> None:
 def test_one_of_the_two_is_one(pool: Pool, ranks: int, inner: int, order: str) -> None:
     require_equal(pool, ranks, mode=order, inner=inner, **CASES["text on each rank"])
     require_equal(pool, ranks, mode=order, inner=inner, **CASES["group-skip"])
+
+
+def test_more_queries_than_a_block_of_the_backward_pass(pool: Pool) -> None:
+    require_equal(pool, 2, mode="ring", shape=(1, 2100, 1, 4), masked=True, relative=True)
+
+
+def test_hops_between_windows_in_their_own_group(pool: Pool) -> None:
+    require_small(pool.run("second_group", 4))
+
+
+@pytest.mark.parametrize("ranks, window", [(2, 1), (3, 3), (4, 1), (4, 2), (4, 4)])
+def test_exchange_runs_while_blocks_are_computed(pool: Pool, ranks: int, window: int) -> None:
+    for events in pool.run("overlap", ranks, window=window):
+        forward = [hops for name, hops in events if name == "forward"]
+        backward = [hops for name, hops in events if name == "backward"]
+        assert len(forward) == len(backward) == ranks
+        assert min(forward[:-1]) >= 1 and forward[-1] == 0  # the last block has nothing behind it
+        assert backward[0] >= 1 and min(backward[1:]) >= 1  # gradients follow, to the last block
+        assert min(backward[1:-1], default=2) >= 2  # keys and gradients at the same time
+
+
+def test_sampling_on_groups_of_a_device_mesh(pool: Pool) -> None:
+    require_small(pool.run("sampling", 4))

@@ -43,6 +43,17 @@ def opensora_v2(case: Case, compare: Comparison) -> None:
         compare(ours, back[ours], weights[ours])
 
 
+def opensora_v2_names(case: Case, compare: Comparison) -> None:
+    """What MindSpeed-MM calls every tensor of the release, where a case of names says so."""
+    from vidgen.checkpoints.lazy import lazy
+    from vidgen.models.opensora_v2.mindspeed_mm import MINDSPEED_MM
+
+    for ours, shape, *theirs in case.meta["rows"]:
+        if theirs:
+            found = MINDSPEED_MM.to_theirs({ours: lazy(torch.empty(shape, device="meta"))})
+            compare.equal(f"{ours} in MindSpeed-MM", list(found), theirs)
+
+
 def cogvideox(case: Case, compare: Comparison) -> None:
     from vidgen.checkpoints.convert import convert
 

@@ -394,6 +394,7 @@ def checkpoint_keys(case: Case, compare: Comparison) -> None:
     compare.equal("names", sorted(ours), sorted(row[0] for row in case.meta["rows"]))
     for row in case.meta["rows"]:
         compare.equal(row[0], ours.get(row[0]), row[1])
+    checkpoints.opensora_v2_names(case, compare)
 
 
 def _release(name: str) -> Any:

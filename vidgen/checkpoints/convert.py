@@ -172,7 +172,7 @@ def convert(
     source, target = Path(source), Path(target)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
-    if not dry_run and (target.exists() or target.is_symlink()):
+    if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already: choose another target")
     model, state, files = plan(source, target, wanted)
     report = {

@@ -85,6 +85,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "vidgen sample --model FOLDER --prompt TEXT [--prompt TEXT ...] [options]"
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="run, checkpoint, or model folder")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
@@ -106,8 +107,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="ddim or dpm")
     parser.add_argument("--dynamic-guidance", action=flag, help="guidance that follows the timestep")
     parser.add_argument("--zero-negative", action=flag, help="zeros in the place of the negative prompt")
-    for name in ("text", "image", "temporal"):
-        parser.add_argument(f"--{name}-oscillation", action=flag, help="of the guidance")
+    parser.add_argument("--oscillation", metavar="NAMES", help="of the guidance: some of text,image,temporal, or none")
     for name in ("frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, metavar="N", help="default: what the model was trained on")
     parser.add_argument("--fps", type=float, help="default: what the model was trained on")
@@ -180,13 +180,24 @@ def _sample(options: argparse.Namespace) -> int:
     listed = read_references(options.image_file) if options.image_file else None
     requests = with_references(requests, [*options.image, *options.video], listed)
     names = SampleSettings.__dataclass_fields__
-    settings = SampleSettings(**{name: value for name, value in vars(options).items() if name in names})
+    values = {name: value for name, value in vars(options).items() if name in names}
+    settings = SampleSettings(**values, **_oscillations(options.oscillation))
     if options.dry_run:
         _print(describe_sample(options.model, settings, requests))
         return 0
     for result in sample_videos(options.model, requests, options.output, settings):
         print(result["video"])
     return 0
+
+
+def _oscillations(names: str | None) -> dict[str, bool]:
+    """The settings that ``--oscillation text,image`` stands for."""
+    if names is None:
+        return {}
+    wanted, known = set() if names == "none" else set(names.split(",")), ("text", "image", "temporal")
+    if unknown := wanted - set(known):
+        raise ValueError(f"--oscillation: wanted some of {', '.join(known)}, or none, got {', '.join(sorted(unknown))}")
+    return {f"{name}_oscillation": name in wanted for name in known}
 
 
 def _reconstruct(options: argparse.Namespace) -> int:

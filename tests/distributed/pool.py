@@ -81,7 +81,7 @@ def serve(address: str, rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
-    groups = {ranks: dist.new_group(range(ranks), timeout=timeout) for ranks in range(1, world + 1)}
+    cases.make_groups(world, timeout)
     with Client(address) as connection:
         connection.send(rank)
         while True:
@@ -90,7 +90,7 @@ def serve(address: str, rank: int, world: int, store: str) -> None:
             except EOFError:
                 break
             try:
-                reply = True, getattr(cases, case)(groups[ranks], **arguments)
+                reply = True, getattr(cases, case)(cases.GROUPS[tuple(range(ranks))], **arguments)
             except Exception:
                 reply = False, traceback.format_exc()
             connection.send(reply)

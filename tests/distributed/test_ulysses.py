@@ -32,6 +32,6 @@ def test_equals_one_process(pool: Pool, name: str, ranks: int) -> None:
     case = dict(CASES[name])
     if case.get("sizes") == "uneven":
         case["sizes"] = UNEVEN[ranks]
-    for rank, errors in enumerate(pool.run("ulysses", ranks, **case)):
+    for rank, errors in enumerate(pool.run("attention", ranks, mode="ulysses", **case)):
         for what, error in errors.items():
             assert error <= 1e-5, f"{what} on rank {rank}: {error}"

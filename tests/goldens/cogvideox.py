@@ -17,6 +17,7 @@ from vidgen import config as loading
 from vidgen import diffusion
 from vidgen.diffusion.v_prediction import diffuse, scaled_linear_alphas_cumprod, shift_snr, velocity_target
 
+from . import checkpoints
 from .comparison import Case, Comparison
 
 
@@ -473,6 +474,7 @@ def pipeline(case: Case, compare: Comparison) -> None:
 
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
+    "checkpoint_convert": checkpoints.cogvideox,
     "dynamic_guidance": dynamic_guidance,
     "image_latents": image_latents,
     "pipeline": pipeline,
@@ -487,6 +489,4 @@ RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "vae": vae,
     "vae_blocks": vae_blocks,
 }
-NOT_BUILT = {
-    "checkpoint_convert",
-}
+NOT_BUILT: set[str] = set()

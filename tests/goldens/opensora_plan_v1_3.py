@@ -103,27 +103,30 @@ def _has_hidden_group(mask: Tensor, k: int, pattern: str) -> bool:
 def sampler(case: Case, compare: Comparison) -> None:
     config = dict(case.meta["config"])
     compare.equal("prediction_type", config.pop("prediction_type"), "v_prediction")
-    compare.equal("rescale_betas_zero_snr", config.pop("rescale_betas_zero_snr"), True)
-    spacing = config.pop("timestep_spacing")
+    spacing, zero_snr = config.pop("timestep_spacing"), config.pop("rescale_betas_zero_snr")
     compare.equal("other settings", config, {})
-    inputs, steps = case.group("in/"), case.meta["steps"]
-    schedule = diffusion.euler_ancestral_schedule(steps, spacing=spacing)
-    table = diffusion.open_sora_plan_alphas_cumprod()
+    inputs, steps, scale = case.group("in/"), case.meta["steps"], case.meta["guidance_scale"]
+    plain = diffusion.v_prediction.linear_alphas_cumprod(dtype=torch.float32)
+    table = diffusion.open_sora_plan_alphas_cumprod() if zero_snr else plain
+    schedule = diffusion.euler_ancestral_schedule(steps, table, spacing=spacing)
     latents, seen = [inputs["initial_noise"] * schedule.initial_std], []
 
     def model(x: Tensor, timestep: Tensor) -> Tensor:
         index = len(seen)
-        seen.append(x[:1])
-        compare(f"timestep {index}", timestep, compare.expected["timesteps"][index].expand(2), part="tables")
-        return torch.cat([inputs[f"v_uncond_{index}"], inputs[f"v_text_{index}"]])
+        seen.append(x[: len(inputs["initial_noise"])])
+        expected = compare.expected["timesteps"][index].expand(len(x))
+        compare(f"timestep {index}", timestep, expected, part="tables")
+        text = inputs[f"v_text_{index}"]
+        return torch.cat([inputs[f"v_uncond_{index}"], text]) if scale > 1 else text
 
     diffusion.sample_euler_ancestral(
         lambda x, timestep, text: model(x, timestep),
         inputs["initial_noise"],
         schedule,
-        {"text": torch.zeros(1, 1)},
-        negative_conditioning={"text": torch.zeros(1, 1)},
-        guidance_scale=case.meta["guidance_scale"],
+        {"text": torch.zeros(len(latents[0]), 1)},
+        negative_conditioning={"text": torch.zeros(len(latents[0]), 1)},
+        guidance_scale=scale,
+        guidance_rescale=case.meta.get("guidance_rescale", 0.0),
         step_noises=[inputs[f"step_noise_{i}"] for i in range(steps)],
         on_step=lambda index, x: latents.append(x),
     )
@@ -132,7 +135,8 @@ def sampler(case: Case, compare: Comparison) -> None:
     for index, x in enumerate(seen):
         compare(f"model_input_{index}", x, part="latents_1" if index == 1 else "later_latents")
     compare("ddpm_alphas_cumprod", table, part="tables")
-    compare("alphas_cumprod", torch.cat([table[:-1], torch.tensor([2.0**-24])]), part="tables")
+    last = torch.tensor([2.0**-24]) if zero_snr else table[-1:]
+    compare("alphas_cumprod", torch.cat([table[:-1], last]), part="tables")
     # 1 - a is as small as 1e-4 where a is close to 1: the last bit of the table, which linspace and cumprod round
     # differently from machine to machine, is 3e-5 of a sigma. So the sigmas are those of the stored table.
     for name, number in {"": steps, "_100": 100}.items():
@@ -146,8 +150,9 @@ def sampler(case: Case, compare: Comparison) -> None:
 def train_loss(case: Case, compare: Comparison) -> None:
     inputs, settings = case.group("in/"), dict(case.meta["scheduler"])
     wanted = {"cls": "DDPMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    wanted |= {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
     schedule = settings.pop("beta_schedule")
+    start, end = (1e-4, 0.02) if schedule == "linear" else (0.00085, 0.012)
+    wanted |= {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end}
     compare.equal("scheduler", settings, wanted)
     table = diffusion.open_sora_plan_alphas_cumprod(schedule)
     model = _model(case.meta["config"], case.group("w/"), inpaint="Inpaint" in case.meta["cls"])
@@ -161,13 +166,13 @@ def train_loss(case: Case, compare: Comparison) -> None:
     def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
         seen["noisy_latents"] = noisy
         more = [inputs[name] for name in ("masked_latents", "mask", "condition") if name in inputs]
-        return model(torch.cat([noisy, *more], 1), timesteps, **{name: inputs[name] for name in names})
+        return model(torch.cat([noisy, *more], 1), timesteps, **{name: inputs.get(name) for name in names})
 
     loss = diffusion.v_prediction_loss(
         velocity,
         inputs["latents"],
         alphas_cumprod=table,
-        mask=inputs["attention_mask"],
+        mask=inputs.get("attention_mask"),
         noise=noise,
         timesteps=inputs["timesteps"],
         snr_gamma=case.meta["snr_gamma"],

@@ -13,6 +13,7 @@ from torch import Tensor
 from vidgen import ops
 from vidgen.nn import pack_patches, patch_positions, unpack_patches
 
+from . import checkpoints
 from .comparison import Case, Comparison
 
 INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "guidance")
@@ -142,7 +143,7 @@ def hunyuan_vae(case: Case, compare: Comparison) -> None:
     tiling = {"use_spatial_tiling": "s" in stated["tiling"], "use_temporal_tiling": "t" in stated["tiling"]}
     overlap = {"tile_overlap_factor": stated["tile"]["overlap"]}
     scale = {name: stated[name] for name in ("scale_factor", "shift_factor")}
-    vae = _vae({**stated["config"], **tiling, **overlap, **scale}, source.group("w/"))
+    vae = _vae({**stated["config"], **tiling, **overlap, **scale, "allow_misaligned_tiles": True}, source.group("w/"))
     seen: dict[str, Tensor] = {}
     hooks = _watch_vae(vae, compare.expected, seen)
     with torch.no_grad():
@@ -314,14 +315,13 @@ def train_step(case: Case, compare: Comparison) -> None:
         condition = {}
         if weights := options.get("condition_config"):
             types = [choose_condition(weights, latent.shape[2], random.Random(0)) for _ in range(batch)]
-            mask, masked = training_condition(inputs["video"], latent, types, vae.encode)
+            causal = options.get("is_causal_vae", True)
+            mask, masked = training_condition(inputs["video"], latent, types, vae.encode, causal=causal)
             condition = {"mask": mask, "masked_latent": masked}
-    text = {
-        name: training.drop_text(
-            t[:batch], t[-1:], inputs[f"drop_rand_{encoder}"], options["dropout_ratio"][encoder]
-        )
-        for (name, t), encoder in zip(_text(inputs), ("t5", "clip"), strict=True)
-    }  # fmt: skip
+    text = {name: t[:batch] for name, t in _text(inputs)}
+    for (name, t), encoder in zip(_text(inputs), ("t5", "clip"), strict=True):
+        if ratio := (options.get("dropout_ratio") or {}).get(encoder):
+            text[name] = training.drop_text(t[:batch], t[-1:], inputs[f"drop_rand_{encoder}"], ratio)
     arguments, target = training.training_inputs(
         latent, **text, normal=inputs["t_randn"], noise=inputs["noise_x1"], patch_size=patch,
         guidance=options.get("guidance", 4.0), sigma_min=case.meta["sigma_min"], **condition,
@@ -394,6 +394,7 @@ def checkpoint_keys(case: Case, compare: Comparison) -> None:
     compare.equal("names", sorted(ours), sorted(row[0] for row in case.meta["rows"]))
     for row in case.meta["rows"]:
         compare.equal(row[0], ours.get(row[0]), row[1])
+    checkpoints.opensora_v2_names(case, compare)
 
 
 def _release(name: str) -> Any:
@@ -409,6 +410,7 @@ def _release(name: str) -> Any:
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "batch_loss": batch_loss,
+    "checkpoint_convert": checkpoints.opensora_v2,
     "checkpoint_keys": checkpoint_keys,
     "conditions": conditions,
     "ema": ema,
@@ -423,4 +425,4 @@ RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {
     "timestep_embedding": timestep_embedding,
     "train_step": train_step,
 }
-NOT_BUILT = {"buckets", "mm_buckets", "checkpoint_convert"}
+NOT_BUILT = {"buckets", "mm_buckets"}

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 
 import pytest
@@ -9,8 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from vidgen.models.text import (
     CLIPTextEncoder,
+    PromptRefiner,
     T5TextEncoder,
     clean_caption,
+    drop_caption,
+    opensora_plan_v1_3_prompt,
+    opensora_plan_v1_3_training_caption,
     opensora_plan_v1_5_prompt,
     save_tiny_text_encoders,
 )
@@ -174,3 +179,116 @@ def test_cleaning_twice_is_cleaning_once(caption):
 
 def test_prompt_of_v1_5():
     assert opensora_plan_v1_5_prompt("A Rabbit.") == "high quality, a rabbit."
+
+
+def test_caption_and_prompt_of_v1_3():
+    assert opensora_plan_v1_3_prompt("A Rabbit.") == "high quality, high aesthetic, A Rabbit."
+    assert opensora_plan_v1_3_training_caption("<b>Cat</b> by @some_one, 一只猫 me@x.org") == "cat by , 一只猫"
+    once = opensora_plan_v1_3_training_caption("a @ @b@c  d")
+    assert opensora_plan_v1_3_training_caption(once) == once
+
+
+def test_dropped_captions():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [drop_caption("a", inpaint=True, generator=generator) for _ in range(2000)]
+    counts = {caption: drawn.count(caption) for caption in set(drawn)}
+    assert len(counts) == 3 and 1730 < counts["a"] < 1870 and 60 < counts[""] < 150
+    assert {drop_caption("a", probability=1.0, generator=generator) for _ in range(20)} == {""}
+    assert drop_caption("a", probability=0.0) == "a"
+    with pytest.raises(ValueError, match="probability"):
+        drop_caption("a", probability=2.0)
+
+
+@pytest.mark.parametrize("kind", ["MT5", "UMT5"])
+def test_multilingual_t5(tmp_path, kind):
+    folder, _ = save_tiny_text_encoders(tmp_path, t5_channels=32, multilingual=True)
+    if kind == "UMT5":
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": "umt5"}
+        torch.manual_seed(0)
+        whole = transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**config))
+        whole.save_pretrained(folder)  # a whole one, of which the encoder is taken
+    encoder = T5TextEncoder.from_pretrained(folder, max_length=60)
+    assert type(encoder.model).__name__ == f"{kind}EncoderModel" and encoder.channels == 32
+    hidden, mask = encoder.encode(CAPTIONS)
+    model = getattr(transformers, f"{kind}EncoderModel").from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row, caption in enumerate(CAPTIONS):
+        ids = tokenizer(caption, return_tensors="pt").input_ids
+        with torch.no_grad():
+            wanted = model(input_ids=ids).last_hidden_state[0]
+        assert int(mask[row].sum()) == ids.shape[1]
+        torch.testing.assert_close(hidden[row, : ids.shape[1]], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_other_kinds_are_not_t5(folders):
+    with pytest.raises(ValueError, match="must hold one of t5, mt5, umt5, got 'clip_text_model'"):
+        T5TextEncoder.from_pretrained(folders[1])
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def refiner_folder(tmp_path_factory):
+    """A tiny Llama that most likely answers "cat"."""
+    from vidgen.models.text.tiny import _save_tokenizer
+
+    folder = tmp_path_factory.mktemp("refiner")
+    vocabulary = _save_tokenizer(folder, ["<pad>", "</s>"], "$A </s>", pad="<pad>", eos="</s>", max_length=512)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=vocabulary, **sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    )
+    with torch.no_grad():  # attention adds nothing, so that a token decides the next one alone
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        words = tokenizer("]cat", add_special_tokens=False).input_ids + [1]
+        model.lm_head.weight.zero_()
+        states = torch.eye(32)
+        model.model.embed_tokens.weight.zero_()
+        for row, token in enumerate(dict.fromkeys(words)):
+            model.model.embed_tokens.weight[token] = states[row]
+        for token, following in itertools.pairwise(words):
+            model.lm_head.weight[following] = 5 * model.model.embed_tokens.weight[token]
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_refiner_continues_the_conversation(refiner_folder):
+    refiner = PromptRefiner.from_pretrained(refiner_folder)
+    asked = []
+    generate = refiner.model.generate
+    refiner.model.generate = lambda **arguments: asked.append(arguments) or generate(**arguments)
+    assert {refiner.refine("a {small} rabbit") for _ in range(3)} == {"cat"}  # drawn from its settings, it would differ
+    text = refiner.tokenizer.decode(asked[0]["input_ids"][0])
+    assert text.startswith("[system]You are a caption refiner.[user]") and text.endswith("[answer]")
+    assert '"a {small} rabbit"' in text and asked[0]["max_new_tokens"] == 512
+    assert refiner.refine("a", max_new_tokens=2) == "ca"
+    assert not any(p.requires_grad for p in refiner.parameters())
+
+
+def test_refiner_refuses(refiner_folder, tmp_path):
+    from vidgen.models.text.refiner import refine_prompt
+
+    refiner = PromptRefiner.from_pretrained(refiner_folder)
+    with pytest.raises(ValueError, match="prompt must not be empty"):
+        refiner.refine("  ")
+    with pytest.raises(ValueError, match="instruction must have"):
+        refine_prompt(refiner.model, refiner.tokenizer, "a", instruction="refine")
+    with torch.no_grad():
+        refiner.model.lm_head.weight.zero_()
+        refiner.model.lm_head.weight[1] = 1.0 * refiner.model.model.embed_tokens.weight.sum(0)
+    with pytest.raises(ValueError, match="answered nothing"):
+        refiner.refine("a")
+    refiner.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        PromptRefiner(refiner.model, refiner.tokenizer)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from vidgen.models.autoencoders import WFVAE, WFVAEConfig, preset
+from vidgen.models.autoencoders.discriminator import PatchDiscriminator3D
 from vidgen.models.autoencoders.layers import CausalConv3d, FrameConv, ResBlock, Upsample3D
 from vidgen.models.autoencoders.streaming import Stream, regroup
 from vidgen.models.autoencoders.tiling import place_tiles, run_tiled
-from vidgen.models.autoencoders.wavelets import all_taps
+from vidgen.models.autoencoders.wavelets import BANDS_2D, Haar2D, all_taps, haar_taps_2d
+from vidgen.models.autoencoders.wfvae_original_chunks import decode_with_original_chunks
 
 FRAMES = (1, 9, 17, 25, 33, 41, 65)
 ORIGINAL_CONFIG = json.loads(
@@ -36,6 +38,12 @@ def new_vae(name: str = "tiny", dtype: torch.dtype = torch.float32, **changes) -
 def vae() -> WFVAE:
     """Float64, so that a frame computed otherwise cannot hide in rounding."""
     return new_vae(dtype=torch.float64, scale=(1.5, 0.8, 1.1, 2.0), shift=(0.1, -0.3, 0.2, 0.0))
+
+
+@pytest.fixture(scope="module")
+def vae4() -> WFVAE:
+    """4x8x8, in float64."""
+    return new_vae("tiny_4x8x8", torch.float64, scale=(1.5, 0.8, 1.1, 2.0), connect_res_layer_num=2)
 
 
 def new_video(frames: int, height: int = 16, width: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -409,3 +417,221 @@ def test_taps_are_the_ones_that_the_transform_uses():
         video[0, 0, 1 + place[0], place[1], place[2]] = 1
         bands = transform(video, Stream())[0, :, 1, 0, 0]
         torch.testing.assert_close(bands, torch.stack([haar_taps()[name][0, 0][place] for name in BANDS]))
+
+
+# 4x8x8
+
+
+def test_released_4x8x8_parameters_and_names():
+    with torch.device("meta"):
+        vae = WFVAE(preset("released_4x8x8"))
+    assert (vae.frames_per_latent, vae.pixels_per_latent) == (4, 8)
+    taps = 2 * 64 + 4 * 4  # the original counts those of the encoder
+    assert sum(p.numel() for p in vae.encoder.parameters()) + taps == 37_182_368
+    assert round(sum(p.numel() for p in vae.decoder.parameters()) / 1e6, 2) == 110.17
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    for name, shape in {
+        "encoder.down1.0.weight": (128, 24, 3, 3),
+        "encoder.down1.3.conv.weight": (128, 128, 3, 3),
+        "encoder.down2.0.weight": (256, 192, 3, 3),
+        "encoder.down2.2.conv2.conv.weight": (256, 256, 3, 3, 3),
+        "encoder.down2.3.conv.conv.weight": (256, 256, 3, 3, 3),
+        "encoder.connect_l1.weight": (64, 12, 3, 3),
+        "encoder.connect_l2.weight": (64, 24, 3, 3),
+        "encoder.mid.0.conv1.conv.weight": (512, 320, 3, 3, 3),
+        "encoder.mid.0.nin_shortcut.conv.weight": (512, 320, 1, 1, 1),
+        "encoder.mid.1.norm.norm.weight": (512,),
+        "encoder.norm_out.norm.weight": (512,),
+        "encoder.conv_out.conv.weight": (16, 512, 3, 3, 3),
+        "encoder.wavelet_transform_l1.ad": (1, 1, 2, 2),
+        "encoder.wavelet_transform_l2.gh_v_conv.conv.weight": (1, 1, 2, 2, 2),
+        "decoder.conv_in.conv.weight": (512, 8, 3, 3, 3),
+        "decoder.mid.2.conv1.conv.weight": (640, 512, 3, 3, 3),
+        "decoder.up2.2.conv.conv.weight": (512, 512, 3, 3, 3),
+        "decoder.up2.3.conv2.conv.weight": (640, 640, 3, 3, 3),
+        "decoder.up1.0.nin_shortcut.conv.weight": (256, 512, 1, 1, 1),
+        "decoder.up1.2.conv.weight": (256, 256, 3, 3),
+        "decoder.layer.0.nin_shortcut.conv.weight": (128, 256, 1, 1, 1),
+        "decoder.connect_l1.1.conv1.conv.weight": (128, 128, 3, 3, 3),
+        "decoder.connect_l1.2.weight": (12, 128, 3, 3),
+        "decoder.connect_l2.2.weight": (24, 128, 3, 3),
+        "decoder.norm_out.norm.weight": (128,),
+        "decoder.conv_out.weight": (24, 128, 3, 3),
+        "decoder.inverse_wavelet_transform_l1.dd": (1, 1, 2, 2),
+    }.items():
+        assert shapes[name] == shape, name
+
+
+@pytest.mark.parametrize("interpolation", ["trilinear", "nearest"])
+@pytest.mark.parametrize("frames", range(1, 38, 4))
+def test_4x8x8_in_chunks_is_exact(vae4: WFVAE, frames: int, interpolation: str):
+    vae = vae4
+    if interpolation == "nearest":
+        vae = new_vae("tiny_4x8x8", torch.float64, t_interpolation="nearest")
+        assert not torch.equal(vae.decode(new_latent(3)), vae4.decode(new_latent(3)))
+    video, latent = new_video(frames), new_latent((frames - 1) // 4 + 1)
+    moments, decoded = vae.encode_moments(video), vae.decode(latent)
+    assert moments.shape == (1, 8, (frames - 1) // 4 + 1, 2, 3) and decoded.shape == video.shape
+    for chunk_frames in (4, 8, 12):
+        chunked = vae.encode_moments(video, chunk_frames=chunk_frames)
+        torch.testing.assert_close(chunked, moments, rtol=0, atol=1e-10)
+    for chunk_latents in (1, 2, 3):
+        chunked = vae.decode(latent, chunk_latents=chunk_latents)
+        torch.testing.assert_close(chunked, decoded, rtol=0, atol=1e-10)
+
+
+def test_4x8x8_streams_and_tiles(vae4: WFVAE):
+    decoded = list(vae4.decode_stream(new_latent(5).split((1, 3, 1), 2)))
+    assert [chunk.shape[2] for chunk in decoded] == [1, 10, 6]  # of 4t - 5 = 11 after the second
+    video, latent = new_video(9, 32, 40), new_latent(3, 4, 5)
+    tiled = vae4.encode_moments(video, tile_size=24, tile_overlap=8)
+    chunked = vae4.encode_moments(video, chunk_frames=4, tile_size=24, tile_overlap=8)
+    torch.testing.assert_close(chunked, tiled, rtol=0, atol=1e-6)  # blended in float32
+    tiled = vae4.decode(latent, tile_size=24, tile_overlap=8)
+    torch.testing.assert_close(
+        vae4.decode(latent, chunk_latents=1, tile_size=24, tile_overlap=8), tiled, rtol=0, atol=2e-6
+    )
+    assert not torch.equal(tiled, vae4.decode(latent))
+    with pytest.raises(ValueError, match=r"frames must be 4n \+ 1"):
+        vae4.encode_moments(new_video(8))
+
+
+def test_original_chunks_go_wrong_at_the_end_of_even_latents(vae4: WFVAE):
+    for frames in (1, 3, 5, 7):
+        latent = new_latent(frames)
+        assert torch.equal(decode_with_original_chunks(vae4, latent), vae4.decode(latent))
+    for frames in (4, 6, 8):
+        latent = new_latent(frames)
+        exact, original = vae4.decode(latent), decode_with_original_chunks(vae4, latent)
+        wrong = (exact - original).abs().amax((0, 1, 3, 4)) > 1e-6
+        assert wrong.nonzero().flatten().tolist() == [*range(4 * frames - 9, 4 * frames - 3)], frames
+    with pytest.raises(ValueError, match="2 frames"):
+        decode_with_original_chunks(vae4, new_latent(2))
+    with pytest.raises(ValueError, match="must be of 4x8x8"):
+        decode_with_original_chunks(new_vae(), new_latent(3, dtype=torch.float32))
+
+
+def test_rows_of_a_batch_are_independent(vae4: WFVAE):
+    video = torch.cat([new_video(5), new_video(9)[:, :, :5]])
+    moments = vae4.encode_moments(video)
+    for row in range(2):
+        torch.testing.assert_close(moments[row : row + 1], vae4.encode_moments(video[row : row + 1]))
+
+
+def test_every_parameter_of_4x8x8_is_trained():
+    vae = new_vae("tiny_4x8x8").train()
+    output = vae(new_video(9, dtype=torch.float32), noise=torch.randn(1, 4, 3, 2, 3))
+    assert [tuple(b.shape) for b in output.encoder_bands] == [(1, 12, 5, 4, 6), (1, 24, 3, 2, 3)]
+    assert [b.shape for b in output.decoder_bands] == [b.shape for b in output.encoder_bands]
+    output.reconstruction.square().sum().backward()
+    without = {name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert without <= {"encoder.mid.1.k.conv.bias", "decoder.mid.1.k.conv.bias"}
+
+
+def test_4x8x8_in_bfloat16():
+    vae, video = new_vae("small_4x8x8"), new_video(9, 32, 48, torch.float32)
+    moments = vae.encode_moments(video)
+    decoded = vae.decode(moments[:, :8])
+    low = vae.bfloat16()
+    assert (low.encode_moments(video.bfloat16()) - moments).abs().max() < 0.1 * moments.std()
+    assert (low.decode(moments[:, :8].bfloat16()) - decoded).abs().mean() < 0.05 * decoded.std()
+
+
+def new_group_norm_vae(factor: tuple[int, int, int] = (4, 8, 8)) -> WFVAE:
+    widths = ("base_channels", "encoder_energy_flow_hidden_size", "decoder_energy_flow_hidden_size")
+    return new_vae("tiny", vae_scale_factor=factor, norm_type="groupnorm", **dict.fromkeys(widths, 32))
+
+
+def test_group_norms_see_whole_videos():
+    vae = new_group_norm_vae()
+    assert "encoder.down1.1.norm1.weight" in vae.state_dict() and "decoder.norm_out.weight" in vae.state_dict()
+    video, latent = new_video(9, dtype=torch.float32), new_latent(3, dtype=torch.float32)
+    moments = vae.encode_moments(video)
+    changed = video.clone()
+    changed[:, :, -1] *= -1
+    assert not torch.equal(vae.encode_moments(changed)[:, :, 0], moments[:, :, 0])
+    assert vae.decode(latent).isfinite().all()
+    for call in (lambda: vae.encode_moments(video, chunk_frames=4), lambda: vae.decode(latent, chunk_latents=1)):
+        with pytest.raises(ValueError, match="'groupnorm' normalises over all frames"):
+            call()
+    torch.testing.assert_close(vae.encode_moments(video, tile_size=64), moments)
+
+
+# Configurations that are read off the weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vae_scale_factor": (8, 8, 8)},
+        {"connect_res_layer_num": 3, "encoder_num_resblocks": 2, "use_attention": False},
+        {"decoder_num_resblocks": 2, "encoder_energy_flow_hidden_size": 8, "latent_dim": 6, "connect_res_layer_num": 0},
+        "groupnorm",
+    ],
+)
+def test_checkpoints_tell_their_configuration(tmp_path: Path, changes: dict | str):
+    vae = new_group_norm_vae() if changes == "groupnorm" else new_vae("tiny_4x8x8", **changes)
+    kept = {} if vae.frames_per_latent == 8 else {"scale": (0.18215,) * vae.config.latent_dim}
+    kept |= {} if vae.frames_per_latent == 8 else {"shift": (0.0,) * vae.config.latent_dim}
+    constants = all_taps(frames_apart=vae.frames_per_latent == 4)
+    trained = {f"module.{name}": tensor for name, tensor in vae.state_dict().items() if name not in constants}
+    torch.save({"ema_state_dict": trained, "state_dict": {"gen_model": {}}}, tmp_path / "merged.ckpt")
+    again = WFVAE.from_checkpoint(tmp_path / "merged.ckpt")
+    assert again.config == dataclasses.replace(vae.config, **kept)
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in vae.state_dict().items())
+    stated = WFVAE.from_checkpoint(tmp_path / "merged.ckpt", t_interpolation="nearest", scale=(), shift=())
+    assert (stated.config.t_interpolation, stated.config.scale) == ("nearest", ())
+
+
+def test_checkpoints_of_something_else(tmp_path: Path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="not the weights of a WFVAE, they lack encoder.connect_l1.weight"):
+        WFVAE.from_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_folder_of_v1_3(tmp_path: Path):
+    """Its config.json, with the names of the blocks of level 1."""
+    original = json.loads(
+        (Path(__file__).parents[1] / "data/golden/opensora_plan_v1_3/wfvae_13f_even_latent_tiled.json").read_text()
+    )["config"]
+    config = WFVAEConfig.from_original({**original, "_class_name": "WFVAEModel", "_diffusers_version": "0.30.2"})
+    assert config.vae_scale_factor == (4, 8, 8) and config.scale == (0.18215,) * 8
+    with pytest.raises(ValueError, match="l1_upsample_block must be 'Upsample', got 'Spatial2xTime2x3DUpsample'"):
+        WFVAEConfig.from_original({**original, "l1_upsample_block": "Spatial2xTime2x3DUpsample"})
+    vae = WFVAE(config)
+    vae.save_pretrained(tmp_path)
+    assert WFVAE.from_pretrained(tmp_path).config == config
+    with pytest.raises(ValueError, match="vae_scale_factor must be one of"):
+        preset("tiny", vae_scale_factor=(2, 8, 8))
+
+
+def test_flat_taps_are_the_ones_that_the_transform_uses():
+    transform = Haar2D()
+    for index in range(4):
+        frame = torch.zeros(1, 1, 1, 2, 2)
+        frame[0, 0, 0, index >> 1, index & 1] = 1
+        bands = transform(frame, Stream())[0, :, 0, 0, 0]
+        torch.testing.assert_close(
+            bands, torch.stack([haar_taps_2d()[name][0, 0, index >> 1, index & 1] for name in BANDS_2D])
+        )
+    state = new_vae("tiny_4x8x8").state_dict()
+    state["encoder.wavelet_transform_l1.da"] = state["encoder.wavelet_transform_l1.ad"]
+    with pytest.raises(ValueError, match="wavelet_transform_l1.da must be the Haar taps of magnitude 0.5"):
+        WFVAE.convert_state_dict(state)
+
+
+# The discriminator
+
+
+def test_discriminator_of_the_original():
+    discriminator = PatchDiscriminator3D()
+    state = {name: tuple(t.shape) for name, t in discriminator.state_dict().items() if t.dim()}
+    assert {int(name.split(".")[1]) for name in state} == {0, 2, 3, 5, 6, 8, 9, 11, 12, 14}
+    widths = [state[f"main.{i}.weight"][0] for i in (0, 2, 5, 8, 11, 14)]
+    assert widths == [64, 128, 256, 512, 512, 1] and "main.2.bias" not in state and "main.14.bias" in state
+    assert discriminator(torch.randn(1, 3, 9, 32, 32)).shape == (1, 1, 3, 2, 2)
+    assert 0.018 < discriminator.main[5].weight.std() < 0.022 and 0.9 < discriminator.main[3].weight.mean() < 1.1
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        PatchDiscriminator3D(num_layers=0)

@@ -2,6 +2,8 @@
 """Every system and task: from a model folder in the real layout to mp4, sheet and json."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vidgen.models import opensora_v2
 from vidgen.pipelines import text_to_video
 from vidgen.pipelines.text_to_video import Request, SampleSettings, describe_sample, sample_videos
 
@@ -66,3 +69,217 @@ def test_prompt_to_video(make_model, files, tmp_path, name):
     assert facts["references"] == [str(files[reference]) for reference in references]
     with Image.open(result["sheet"]) as sheet:
         assert sheet.width > min(count, 8) * settings.width
+
+
+# Seeds and batches
+
+
+BATCHES = {
+    "1.3": ("opensora_plan_v1_3", "tiny_i2v", {"guidance": 3.0}),  # fresh noise at every step
+    "1.5": ("opensora_plan_v1_5", "tiny", {"guidance": 3.0}),
+    "2.0": ("opensora_v2", "tiny_i2v", {"guidance": 3.0}),
+    "5B": ("cogvideox", "tiny-5b", {"guidance": 3.0, "steps": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_video_does_not_depend_on_its_batch(make_model, files, monkeypatch, tmp_path, name):
+    system, preset, changes = BATCHES[name]
+    latents: list[torch.Tensor] = []
+    original = text_to_video.sample_all
+
+    def sample_all(*arguments):
+        result = original(*arguments)
+        latents.extend(result[0])
+        return result
+
+    monkeypatch.setattr(text_to_video, "sample_all", sample_all)
+    model, settings = make_model(system, preset), SampleSettings(**{**SMALL, "frames": 9, "seed": 5, **changes})
+    image = (files["red"],) if preset == "tiny_i2v" else ()
+    requests = [Request("a cat", image), Request("a dog"), Request("birds at night")]
+    sample_videos(model, requests, tmp_path / "three", replace(settings, batch_size=3))
+    sample_videos(model, requests[2:], tmp_path / "alone", replace(settings, seed=7))
+    torch.testing.assert_close(latents[2], latents[3], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(latents[1], latents[2], atol=1e-2)
+    sample_videos(model, requests[2:], tmp_path / "other", replace(settings, seed=8))
+    assert not torch.allclose(latents[4], latents[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["1.3 i2v", "2.0 head", "1.5-5B-I2V"])
+def test_the_image_matters(make_model, files, tmp_path, name):
+    system, preset, changes, _, count = CASES[name]
+    settings = SampleSettings(**{**SMALL, "frames": count, **changes})
+    requests = [Request("a man", (files[image],)) for image in ("red", "blue")]
+    written = []
+    for request in requests:  # with the same seed
+        (result,) = sample_videos(make_model(system, preset), [request], tmp_path, settings)
+        written.append(frames(result["video"]).float())
+    assert (written[0] - written[1]).abs().mean() > 1
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("5B", {"sampler": "ddim"}),
+        ("5B", {"dynamic_guidance": False}),
+        ("5B", {"shift": 3.0}),
+        ("5B", {"guidance": 1.0}),
+        ("5B", {"zero_negative": True}),
+        ("2.0 head", {"image_guidance": 9.0}),
+        ("2.0 head", {"temporal_oscillation": False}),
+        ("2.0 t2v", {"shift": 9.0}),
+        ("1.3 t2v", {"negative_prompt": "a horse"}),
+        ("1.3 i2v", {"noise_strength": 1.0}),
+    ],
+)
+def test_the_setting_matters(make_model, files, tmp_path, name, changes):
+    system, preset, own, references, count = CASES[name]
+    request = Request("a man", tuple(files[reference] for reference in references))
+    written = []
+    for more in ({}, changes):
+        settings = SampleSettings(**{**SMALL, "frames": count, "steps": 3, **own, **more})
+        (result,) = sample_videos(make_model(system, preset), [request], tmp_path, settings)
+        written.append(frames(result["video"]))
+    assert not torch.equal(*written)
+
+
+# What does not fit
+
+
+BAD = {
+    "no image": ("cogvideox", "tiny-1.5-i2v", {}, (), "needs one image for 'x'"),
+    "a video for an image": ("cogvideox", "tiny-1.5-i2v", {}, ("man",), "needs one image"),
+    "image for text-to-video": ("cogvideox", "tiny-5b", {}, ("red",), "takes no images"),
+    "frames in pairs": ("cogvideox", "tiny-5b", {"frames": 13}, (), "frames must be 8n\\+1, got 13"),
+    "size of patches": ("cogvideox", "tiny-5b", {"height": 40}, (), "height must be a multiple of 16, got 40"),
+    "learned size": ("cogvideox", "tiny-5b-i2v", {}, ("red",), "positions are learned: wanted 48 x 80"),
+    "sampler": ("cogvideox", "tiny-5b", {"sampler": "euler"}, (), "sampler must be one of ddim, dpm"),
+    "foreign setting": ("cogvideox", "tiny-5b", {"image_guidance": 2.0}, (), "has no setting image_guidance"),
+    "1.5 with image": ("opensora_plan_v1_5", "tiny", {}, ("red",), "takes no images"),
+    "1.3 frames": ("opensora_plan_v1_3", "tiny", {"frames": 10}, (), "frames must be 4n\\+1, got 10"),
+    "1.3 t2v with image": ("opensora_plan_v1_3", "tiny", {}, ("red",), "text-to-video model takes no images"),
+    "1.3 condition": ("opensora_plan_v1_3", "tiny_i2v", {"condition": "loop"}, (), "condition must be one of t2iv"),
+    "1.3 transition": (
+        "opensora_plan_v1_3",
+        "tiny_i2v",
+        {"condition": "transition"},
+        ("red",),
+        "needs 2 images, got 1",
+    ),
+    "1.3 continuation": ("opensora_plan_v1_3", "tiny_i2v", {"condition": "continuation"}, ("red",), "needs one video"),
+    "2.0 condition": ("opensora_v2", "tiny_i2v", {"condition": "i2v"}, ("red",), "condition must be one of t2v"),
+    "2.0 missing": ("opensora_v2", "tiny_i2v", {"condition": "i2v_head"}, (), "needs one reference, got 0"),
+    "2.0 image as video": ("opensora_v2", "tiny_i2v", {"condition": "v2v_head"}, ("red",), "needs a video"),
+    "2.0 short": ("opensora_v2", "tiny_i2v", {"condition": "v2v_head"}, ("man",), "wanted more frames"),
+    "2.0 without cond_embed": ("opensora_v2", "tiny", {}, ("red",), "no cond_embed"),
+    "tiles in time": ("opensora_v2", "tiny", {"tile_frames": 4}, (), "tile_frames: .* line up"),
+    "tiles in space": ("cogvideox", "tiny-5b", {"tile_size": 20}, (), "tile_size must be a multiple of 8, got 20"),
+    "steps": ("opensora_v2", "tiny", {"steps": 0}, (), "steps must be positive"),
+    "batch": ("opensora_v2", "tiny", {"batch_size": 0}, (), "batch_size must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_named(make_model, files, tmp_path, name):
+    system, preset, changes, references, message = BAD[name]
+    request = Request("x", tuple(files[reference] for reference in references))
+    with pytest.raises(ValueError, match=message):
+        sample_videos(
+            make_model(system, preset), [request], tmp_path, SampleSettings(**{**SMALL, "frames": 9, **changes})
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_broken_references(make_model, tmp_path):
+    model, settings = make_model("opensora_v2", "tiny_i2v"), SampleSettings(**{**SMALL, "frames": 9})
+    with pytest.raises(ValueError, match="there is no file .*nothing.png"):
+        sample_videos(model, [Request("x", (tmp_path / "nothing.png",))], tmp_path, settings)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="broken.png: not a readable image"):
+        sample_videos(model, [Request("x", (tmp_path / "broken.png",))], tmp_path, settings)
+
+
+# Facts without weights
+
+
+RELEASED = {
+    "opensora_plan_v1_3": ("tiny", [93, 352, 640], [24, 44, 80], 16.0),
+    "opensora_plan_v1_5": ("tiny", [121, 576, 1024], [16, 72, 128], 24.0),
+    "opensora_v2": ("tiny", [129, 192, 336], [33, 24, 42], 24.0),
+    "cogvideox": ("tiny-1.5", [81, 768, 1360], [22, 96, 170], 16.0),
+}
+
+
+@pytest.mark.parametrize("system", RELEASED)
+def test_dry_run_tells_the_released_sizes(make_model, system):
+    preset, video, latent, fps = RELEASED[system]
+    facts = describe_sample(make_model(system, preset), SampleSettings(device="cpu"), ["a cat"])
+    assert facts["system"] == system and facts["videos"] == 1
+    assert facts["video_shape"] == [3, *video] and facts["latent_frames_height_width"] == latent
+    assert facts["fps"] == fps and ("clip" in facts) == (system in ("opensora_plan_v1_5", "opensora_v2"))
+
+
+def test_an_image_model_makes_the_first_frame(make_model, tmp_path):
+    """The layout of FLUX.1-dev: guidance is an input."""
+    folder = tmp_path / "image_model"
+    shutil.copytree(make_model("opensora_v2", "tiny"), folder)
+    torch.manual_seed(1)
+    config = opensora_v2.preset("tiny", guidance_embed=True, fused_qkv=True, use_liger_rope=False)
+    opensora_v2.MMDiT(config).save_pretrained(folder / "transformer")
+    settings = SampleSettings(**{**SMALL, "frames": 9, "image_model": folder})
+    (result,) = sample_videos(make_model("opensora_v2", "tiny_i2v"), ["a cat"], tmp_path / "out", settings)
+    with Image.open(tmp_path / "out" / "000_a_cat_image.png") as image:
+        assert image.size == (48, 32) and len(image.getcolors(5000)) > 20
+    assert result["references"] == [str(tmp_path / "out" / "000_a_cat_image.png")]
+
+
+def test_refined_prompts_are_what_is_encoded(make_model, monkeypatch, tmp_path):
+    class Refiner:
+        @classmethod
+        def from_pretrained(cls, folder, dtype):
+            assert folder == tmp_path / "refiner"
+            return cls()
+
+        def to(self, device):
+            return self
+
+        def refine(self, prompt):
+            return f"{prompt} in the rain"
+
+    monkeypatch.setattr(text_to_video, "PromptRefiner", Refiner)
+    model, settings = make_model("opensora_plan_v1_3"), SampleSettings(**{**SMALL, "frames": 9})
+    (refined,) = sample_videos(model, ["a cat"], tmp_path / "a", replace(settings, refiner=tmp_path / "refiner"))
+    (whole,) = sample_videos(model, ["a cat in the rain"], tmp_path / "b", settings)
+    (short,) = sample_videos(model, ["a cat"], tmp_path / "c", settings)
+    assert refined["refined_prompt"] == "a cat in the rain" and refined["prompt"] == "a cat"
+    assert torch.equal(frames(refined["video"]), frames(whole["video"]))
+    assert not torch.equal(frames(refined["video"]), frames(short["video"]))
+
+
+def test_class_that_is_not_known(make_model, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(ValueError, match="wanted _class_name OpenSoraT2V_v1_3.*got 'FluxTransformer2DModel'"):
+        describe_sample(tmp_path, SampleSettings())
+
+
+def test_command_line_with_prompt_and_image_files(make_model, files, tmp_path, monkeypatch, capsys):
+    from vidgen import cli
+
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "images.txt").write_text(f"{files['red']}\n{files['red']},{files['blue']}\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "--model", str(make_model("opensora_v2", "tiny_i2v")), "--prompt-file", "prompts.txt"]
+    command += ["--image-file", "images.txt", "--frames", "9", "--height", "32", "--width", "48", "--steps", "1"]
+    command += ["--batch-size", "2", "--oscillation", "image", "--tile-size", "32", "--tile-frames", "16"]
+    assert cli.main([*command, "--dry-run"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["videos"] == 2 and facts["settings"]["text_oscillation"] is False
+    assert facts["settings"]["image_oscillation"] is True
+    assert cli.main(command) == 0
+    assert [path.name for path in sorted(Path("outputs").glob("*.mp4"))] == ["000_a_cat.mp4", "001_a_dog.mp4"]
+    assert len(json.loads(Path("outputs/001_a_dog.json").read_text())["references"]) == 2
+    assert cli.main([*command, "--image", "x.png"]) == 2
+    assert "given in 2 ways" in capsys.readouterr().err
+    assert cli.main([*command, "--oscillation", "sound"]) == 2
+    assert "some of text, image, temporal, or none, got sound" in capsys.readouterr().err

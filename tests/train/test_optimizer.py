@@ -148,3 +148,16 @@ def test_foreign_state_is_refused():
     run(adam.param_groups[0]["params"], adam, [0])
     with pytest.raises(ValueError, match="lacks ema"):
         optimizer.load_state_dict(adam.state_dict())
+
+
+def test_average_without_warmup():
+    """Open-Sora 2.0: the same decay from the first step on."""
+    params, optimizer = make(ema_decay=0.9, ema_warmup=False)
+    expected = [p.detach().clone() for p in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, params, strict=True)]
+    for average, wanted in zip(optimizer.ema_parameters(), expected, strict=True):
+        torch.testing.assert_close(average, wanted)

@@ -172,7 +172,7 @@ def convert(
     source, target = Path(source), Path(target)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
-    if not dry_run and (target.exists() or target.is_symlink()):
+    if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already: choose another target")
     model, state, files = plan(source, target, wanted)
     report = {
@@ -192,6 +192,8 @@ def convert(
 
 def plan(source: Path, target: Path, wanted: Options) -> tuple[str, State, list[File]]:
     """Everything but the writing: the model's name, its whole state in our names, and the files to write."""
+    if wanted.tp < 1:
+        raise ValueError(f"tensor-parallel ranks must be at least 1, got {wanted.tp}")
     if wanted.to not in TREES and (wanted.tp != 1 or wanted.stages is not None):
         raise ValueError(f"only trees ({', '.join(TREES)}) are cut over ranks and stages, got {wanted.to}")
     opened = open_source(source, ema=wanted.ema, iteration=wanted.iteration)
@@ -278,9 +280,7 @@ def recognise(names: Sequence[str], model: str | None = None) -> tuple[str, str]
         if model is not None and not MODELS[model].layouts:
             return model, "ours"
         words = ", ".join(list(names)[:SHOWN])
-        raise ValueError(
-            f"these are not the tensors of {model or 'any model here (' + ', '.join(MODELS) + ')'}: {words}"
-        )
+        raise ValueError(f"these are not the tensors of {model or ' or '.join(MODELS)}: {words}")
     return best[1], best[2]
 
 

@@ -18,11 +18,12 @@ import json
 import math
 import pickle
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ from vidgen import io
 
 from .hf import UNPICKLING_ERRORS, safetensors
 
-# Pages of a mapped file count as the process's memory from their first use until the file is unmapped, so files are
-# mapped anew after this many bytes.
+# Pages of a mapped file count as the process's memory from their first use until the file is unmapped, so all files are
+# unmapped after this many bytes.
 REMAP_BYTES = 32_000_000
 ALIGNMENT = 64  # of tensors in files, as torch.save has it
 DTYPES = {
@@ -105,15 +106,27 @@ class TorchFile:
     Raises ValueError where the file is missing, damaged, or holds more than tensors and plain data.
     """
 
+    _open: ClassVar[weakref.WeakSet[TorchFile]] = weakref.WeakSet()
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapped = 0
+        self._is_mapped = zipfile.is_zipfile(path)  # older files are read whole, once
+        self._touched = 0
         self._content: Any = None
+        TorchFile._open.add(self)
 
     def content(self) -> Any:
         if self._content is None:
             self._content = read_torch(self.path)
         return self._content
+
+    @classmethod
+    def _unmap(cls) -> None:
+        """Let go of all mappings once enough of them has been touched; they come back when they are needed."""
+        files = [file for file in cls._open if file._is_mapped]
+        if sum(file._touched for file in files) > REMAP_BYTES:
+            for file in files:
+                file._content, file._touched = None, 0
 
     def state(self, *keys: str) -> State:
         """The tensors of the map that lies under these keys; entries that are no tensors are left out."""
@@ -124,12 +137,11 @@ class TorchFile:
 
     def _lazy(self, tensor: Tensor, where: tuple[Any, ...]) -> Lazy:
         def load() -> Tensor:
-            if self._mapped > REMAP_BYTES and zipfile.is_zipfile(self.path):
-                self._content, self._mapped = None, 0
+            TorchFile._unmap()
             value = self.content()
             for key in where:
                 value = value[key]
-            self._mapped += value.numel() * value.element_size()
+            self._touched += value.numel() * value.element_size()
             return value.detach()
 
         return Lazy(tuple(tensor.shape), tensor.dtype, load)

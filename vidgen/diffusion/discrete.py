@@ -68,7 +68,9 @@ def spaced_timesteps(
     if not 1 <= num_steps <= num_train_steps:
         raise ValueError(f"spaced_timesteps: num_steps must lie in 1..{num_train_steps}, got {num_steps}")
     if spacing == "trailing":
-        stride = num_train_steps / num_steps
+        # The difference of the first two, as numpy.arange has it: halves are then rounded as in diffusers. For some
+        # numbers of steps, such as 61, diffusers itself gets a last timestep of -1 beyond what was asked for.
+        stride = num_train_steps - (num_train_steps - num_train_steps / num_steps)
         return [round(num_train_steps - i * stride) - 1 for i in range(num_steps)]
     if spacing == "leading":
         return [i * (num_train_steps // num_steps) + offset for i in reversed(range(num_steps))]

@@ -168,7 +168,8 @@ def sample_euler_ancestral(
         if tuple(velocity.shape) != wanted_shape:
             raise ValueError(f"{where}: model must return {wanted_shape}, got {tuple(velocity.shape)}")
         if guided:
-            velocity = guide(*velocity.chunk(2), guidance_scale, guidance_rescale)
+            negative, positive = velocity.chunk(2)
+            velocity = guide(negative, positive, guidance_scale, guidance_rescale)
         if not torch.isfinite(velocity).all():
             raise FloatingPointError(
                 f"{where}: velocity is not finite at step {index} of {num_steps}, sigma {float(levels[index]):.6g}"

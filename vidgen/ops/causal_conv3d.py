@@ -106,7 +106,7 @@ def composite(
     if wants_channels_last(x, weight):
         x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
     front = [x[:, :, :1]] * frames_in_front(weight, dilation, None) if cache is None else [cache]
-    if front:
+    if any(frames.shape[2] or frames.requires_grad for frames in front):  # an empty cache costs no copy
         x = torch.cat((*front, x), 2)
     if is_left_to_slow_kernel(x, weight):
         return conv_by_frames(x, weight, bias, stride, dilation, spatial_padding)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vidgen.diffusion import (
 from vidgen.io import read_json
 from vidgen.models.autoencoders.causal import sample_latent, split_moments
 from vidgen.models.autoencoders.cogvideox_vae import AutoencoderKLCogVideoX
+from vidgen.models.autoencoders.cogvideox_vae_config import CogVideoXVAEConfig
 from vidgen.models.cogvideox import CogVideoXConfig, CogVideoXTransformer3DModel
 from vidgen.models.text import T5TextEncoder
 
@@ -44,8 +46,9 @@ def model_config(parts: Parts) -> CogVideoXConfig:
     return read_config(CogVideoXTransformer3DModel, parts.transformer)
 
 
-def vae_config(parts: Parts) -> Any:
-    return read_config(AutoencoderKLCogVideoX, needed(parts.vae))
+def read_vae_config(folder: Path) -> CogVideoXVAEConfig:
+    """The configuration of a VAE's folder."""
+    return read_config(AutoencoderKLCogVideoX, folder)
 
 
 def is_image_model(config: CogVideoXConfig) -> bool:
@@ -55,7 +58,7 @@ def is_image_model(config: CogVideoXConfig) -> bool:
 
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent that is sampled."""
-    side = vae_config(job.parts).pixels_per_latent
+    side = read_vae_config(needed(job.parts.vae)).pixels_per_latent
     return [_latent_frames(job)[0], job.height // side, job.width // side]
 
 
@@ -65,7 +68,7 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    config, vae = model_config(job.parts), vae_config(job.parts)
+    config, vae = model_config(job.parts), read_vae_config(needed(job.parts.vae))
     # The decoder takes latent frames in pairs behind the first one, so that the video has a still at its beginning.
     found = size_problems(job, 2 * vae.temporal_compression_ratio, config.patch_size * vae.pixels_per_latent)
     if job.settings.sampler not in (None, *SAMPLERS):
@@ -190,5 +193,8 @@ def snr_shift(parts: Parts, config: CogVideoXConfig) -> float:
 
 def _latent_frames(job: Job) -> tuple[int, int]:
     """Latent frames to sample, and how many of them, at the beginning, only fill patches."""
-    factor, patch = vae_config(job.parts).temporal_compression_ratio, model_config(job.parts).patch_size_t
+    factor, patch = (
+        read_vae_config(needed(job.parts.vae)).temporal_compression_ratio,
+        model_config(job.parts).patch_size_t,
+    )
     return latent_frames(job.frames, frames_per_latent=factor, patch_size_t=patch)

@@ -56,6 +56,7 @@ class Parts:
     t5_max_length: int = 512
     clip_max_length: int = 77
     prompt_prefix: str = "high quality, "
+    motion_score: int | None = 4  # said at the end of the prompts of Open-Sora 2.0
 
     def tokenizer(self, name: str) -> Path | None:
         """Folder of the tokenizer of "t5" or "clip": one of its own, or None where it lies with the encoder."""

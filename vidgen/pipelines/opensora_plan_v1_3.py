@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,22 +25,19 @@ from vidgen.diffusion.inpaint import (
 )
 from vidgen.io import read_json
 from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
 from vidgen.models.opensora_plan_v1_3 import OpenSoraConfig, OpenSoraInpaint_v1_3, OpenSoraT2V_v1_3
-from vidgen.models.text import T5TextEncoder
+from vidgen.models.text import OPENSORA_PLAN_V1_3_NEGATIVE_PROMPT, T5TextEncoder
 
 from .folders import Parts, needed
 from .references import is_image, read_reference
 from .settings import Job, Request, chunk_latents, size_problems
 
-NEGATIVE_PROMPT = (
-    "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
-    "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
 DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "guidance": 7.5,
     "guidance_rescale": 0.0,
-    "negative_prompt": NEGATIVE_PROMPT,
+    "negative_prompt": OPENSORA_PLAN_V1_3_NEGATIVE_PROMPT,
     "condition": None,  # None: i2v for one image, transition for two, continuation for a video
     "noise_strength": 0.0,
     "refiner": None,
@@ -57,14 +55,14 @@ def model_config(parts: Parts) -> OpenSoraConfig:
     return read_config(model_class(parts), parts.transformer)
 
 
-def vae_factors(parts: Parts) -> tuple[int, int]:
-    """Frames and pixels along a side for each of the latent's."""
-    return read_config(WFVAE, needed(parts.vae)).vae_scale_factor[:2]
+def read_vae_config(folder: Path) -> WFVAEConfig:
+    """The configuration of a VAE's folder."""
+    return read_config(WFVAE, folder)
 
 
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    factor, side = vae_factors(job.parts)
+    factor, side = read_vae_config(needed(job.parts.vae)).vae_scale_factor[:2]
     return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
@@ -83,7 +81,7 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    factor, side = vae_factors(job.parts)
+    factor, side = read_vae_config(needed(job.parts.vae)).vae_scale_factor[:2]
     found = size_problems(job, factor, side * model_config(job.parts).patch_size)
     if not needed(job.settings.noise_strength) >= 0:
         found.append(f"noise_strength must not be negative, got {job.settings.noise_strength}")

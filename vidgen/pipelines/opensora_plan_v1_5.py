@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vidgen.checkpoints.hf import read_config
 from vidgen.diffusion import sample, shifted_linear_schedule
 from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
 from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
 from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
 
@@ -21,9 +24,14 @@ DEFAULTS = {"steps": 50, "guidance": 8.0, "guidance_rescale": 0.7, "shift": 7.0,
 Encoders = tuple[T5TextEncoder, CLIPTextEncoder]
 
 
+def read_vae_config(folder: Path) -> WFVAEConfig:
+    """The configuration of a VAE's folder."""
+    return read_config(WFVAE, folder)
+
+
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    factor, side = WFVAE.frames_per_latent, WFVAE.pixels_per_latent
+    factor, side, _ = read_vae_config(needed(job.parts.vae)).vae_scale_factor
     return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
@@ -33,7 +41,9 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    found = size_problems(job, WFVAE.frames_per_latent, 2 * WFVAE.pixels_per_latent)
+    factor, side, _ = read_vae_config(needed(job.parts.vae)).vae_scale_factor
+    patch = read_config(SparseUMMDiT, job.parts.transformer).patch_size
+    found = size_problems(job, factor, side * patch, side)
     if any(request.references for request in requests):
         found.append("opensora_plan_v1_5 takes no images and no videos")
     return found

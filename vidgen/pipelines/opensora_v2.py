@@ -51,17 +51,17 @@ def model_config(parts: Parts) -> MMDiTConfig:
     return read_config(MMDiT, parts.transformer)
 
 
-def vae_config(parts: Parts) -> HunyuanVAEConfig:
-    file = needed(parts.vae) / "config.json"
-    values = read_json(file)
+def read_vae_config(folder: Path) -> HunyuanVAEConfig:
+    """The configuration of a VAE's folder, ours or that of diffusers."""
+    values = read_json(folder / "config.json")
     if isinstance(values, dict) and values.get("_class_name") == DIFFUSERS_CLASS:
         return HunyuanVAEConfig.from_diffusers(values)
-    return read_config(HunyuanVAE, needed(parts.vae))
+    return read_config(HunyuanVAE, folder)
 
 
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    vae = vae_config(job.parts)
+    vae = read_vae_config(needed(job.parts.vae))
     frames = sampling.latent_frames(job.frames, time_ratio=vae.time_compression_ratio)
     return [frames, job.height // vae.spatial_compression_ratio, job.width // vae.spatial_compression_ratio]
 
@@ -79,8 +79,12 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    vae, config = vae_config(job.parts), model_config(job.parts)
+    vae, config = read_vae_config(needed(job.parts.vae)), model_config(job.parts)
     found = size_problems(job, vae.time_compression_ratio, config.patch_size * vae.spatial_compression_ratio)
+    try:
+        decoding_config(job, vae)
+    except ValueError as error:
+        found.append(f"tile_size or tile_frames: {error}")
     chosen = job.settings.condition
     if chosen is not None and chosen not in CONDITION_TYPES:
         return [*found, f"condition must be one of {', '.join(CONDITION_TYPES)}, got {chosen!r}"]
@@ -138,7 +142,8 @@ def encode_text(encoders: Encoders, text: str) -> dict[str, Tensor]:
 
 def texts(job: Job, request: Request) -> tuple[str, str]:
     """The positive and the negative text of a request, as the encoders are to see them."""
-    return opensora_v2_prompt(job.parts.prompt_prefix + request.prompt, fps=round(job.fps)), job.negative(request)
+    prompt = job.parts.prompt_prefix + request.prompt
+    return opensora_v2_prompt(prompt, fps=round(job.fps), motion_score=job.parts.motion_score), job.negative(request)
 
 
 def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> HunyuanVAE:
@@ -220,10 +225,15 @@ def sample_latents(
 
 def decode(vae: HunyuanVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
     """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``: tiles of time."""
+    vae.config = decoding_config(job, vae.config)
+    return vae.decode_stream(latent)
+
+
+def decoding_config(job: Job, config: HunyuanVAEConfig) -> HunyuanVAEConfig:
+    """The VAE's configuration with the job's tiles. Raises ValueError for tiles that do not line up."""
     changes: dict[str, Any] = {}
     if job.settings.tile_frames:
         changes |= {"use_temporal_tiling": True, "sample_tsize": job.settings.tile_frames}
     if job.settings.tile_size is not None:
         changes |= {"use_spatial_tiling": True, "sample_size": job.settings.tile_size}
-    vae.config = dataclasses.replace(vae.config, **changes)
-    return vae.decode_stream(latent)
+    return dataclasses.replace(config, **changes)

@@ -128,9 +128,11 @@ def plain(settings: SampleSettings, names: Iterable[str]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def size_problems(job: Job, frames_per_latent: int, multiple: int) -> list[str]:
+def size_problems(job: Job, frames_per_latent: int, multiple: int, pixels_per_latent: int = 8) -> list[str]:
     """What is wrong with the frames, height, width and numbers that every system has, in words."""
-    problems = []
+    problems, tile = [], job.settings.tile_size
+    if tile is not None and (tile < pixels_per_latent or tile % pixels_per_latent):
+        problems.append(f"tile_size must be a multiple of {pixels_per_latent}, got {tile}")
     if job.frames < 1 or (job.frames - 1) % frames_per_latent:
         problems.append(f"frames must be {frames_per_latent}n+1, got {job.frames}")
     for name in ("height", "width"):

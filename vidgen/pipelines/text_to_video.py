@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to videos, for every system: encode the texts, sample latents, decode, write mp4, sheet and json.
 
-Only one kind of model is in memory at a time: first the text encoders, then the VAE where references are given, then
-the transformer, then the VAE again, whose frames go into the video file as they are decoded. How each of these works
-is said in the module of the system; it has the functions
+Only one kind of model is in memory at a time: first what rewrites prompts and makes images, then the text encoders,
+then the VAE where references are given, then the transformer, then the VAE again, whose frames go into the video file
+as they are decoded. How each of these works is said in the module of the system; it has the functions
 
     latent_shape, kind, problems        what is asked for, and whether it fits
     texts, conditioned                  what must be encoded
@@ -18,6 +18,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from vidgen import __version__
 from vidgen import device as devices
 from vidgen.data.transforms import to_frames
 from vidgen.data.video import contact_sheet, write_video
-from vidgen.io import write_json
+from vidgen.io import atomic_path, write_json
+from vidgen.models.text import PromptRefiner
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
-from .folders import find_parts
+from .folders import find_parts, needed
 from .prompts import read_prompts
 from .settings import COMMON, Job, Request, SampleSettings, fill_in, plain
 
@@ -44,6 +46,7 @@ SYSTEMS: dict[str, Any] = {
     "cogvideox": cogvideox,
 }
 SHEET_FRAMES = 9  # of a video on its contact sheet
+IMAGE_GUIDANCE = 4.0  # that text-to-image models are told (Open-Sora 2.0)
 
 
 def describe_sample(
@@ -84,23 +87,27 @@ def sample_videos(
         raise ValueError("sample: no prompt given")
     job = plan(model, settings or SampleSettings(), requests)
     system = SYSTEMS[job.parts.system]
-    texts = [system.texts(job, request) for request in requests]
+    output = Path(output)
+    if job.settings.image_model is not None:
+        requests = make_images(job, requests, output)
+    refined = refine(job, requests)
+    texts = [system.texts(job, replace(request, prompt=refined[request.prompt])) for request in requests]
     embeddings = encode_texts(job, [text for pair in texts for text in pair])
     conditions = encode_references(job, requests)
     kinds = [system.kind(job, request) for request in requests]
     latents, seconds = sample_all(job, kinds, texts, embeddings, conditions)
 
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     vae = system.load_vae(job.parts, job.dtype, job.device)
     results = []
     for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
         began = time.monotonic()
-        words = request.name or request.prompt
-        stem = output / f"{index:03d}_{_slug(words)}"
+        stem = output / _stem(index, request)
         video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
         write_frames(decoded(vae, job, latent), video, sheet, request.prompt, job)
         facts = facts_about(job, request, index)
+        if job.settings.refiner is not None:
+            facts["refined_prompt"] = refined[request.prompt]
         facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
         write_json(json_file, facts)
         results.append({**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)})
@@ -131,6 +138,47 @@ def plan(model: str | Path, settings: SampleSettings, requests: Sequence[Request
 
 def as_requests(prompts: Sequence[str | Request]) -> list[Request]:
     return [prompt if isinstance(prompt, Request) else Request(prompt) for prompt in prompts]
+
+
+def refine(job: Job, requests: Sequence[Request]) -> dict[str, str]:
+    """Each prompt and what the refiner makes of it; itself where there is none, or where references are given."""
+    if job.settings.refiner is None:
+        return {request.prompt: request.prompt for request in requests}
+    refiner = PromptRefiner.from_pretrained(job.settings.refiner, dtype=job.dtype).to(job.device)
+    alone = {request.prompt for request in requests if not request.references}
+    return {r.prompt: refiner.refine(r.prompt) if r.prompt in alone else r.prompt for r in requests}
+
+
+@torch.no_grad()
+def make_images(job: Job, requests: Sequence[Request], output: Path) -> list[Request]:
+    """The requests with images that a text-to-image model makes of their prompts: files ``000_words_image.png``."""
+    from PIL import Image
+
+    settings = SampleSettings(
+        seed=job.settings.seed,
+        steps=job.settings.steps,
+        guidance=IMAGE_GUIDANCE,
+        frames=1,
+        height=job.height,
+        width=job.width,
+        device=job.settings.device,
+        precision=job.settings.precision,
+        batch_size=job.settings.batch_size,
+    )
+    one = plan(needed(job.settings.image_model), settings, requests)
+    texts = [(request.prompt, "") for request in requests]
+    embeddings = encode_texts(one, [text for pair in texts for text in pair])
+    latents, _ = sample_all(one, ["t2v"] * len(texts), texts, embeddings, [{} for _ in texts])
+    vae = SYSTEMS[one.parts.system].load_vae(one.parts, one.dtype, one.device)
+    output.mkdir(parents=True, exist_ok=True)
+    result = []
+    for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
+        frame = next(decoded(vae, one, latent))[0]
+        path = output / f"{_stem(index, request)}_image.png"
+        with atomic_path(path) as temporary:
+            Image.frombytes("RGB", (job.width, job.height), frame.numpy().tobytes()).save(temporary, format="PNG")
+        result.append(replace(request, references=(path,)))
+    return result
 
 
 def encode_texts(job: Job, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -236,5 +284,7 @@ def facts_about(job: Job, request: Request, index: int) -> dict[str, Any]:
     }
 
 
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower())[:40].strip("_") or "prompt"
+def _stem(index: int, request: Request) -> str:
+    """The beginning of the names of a request's files."""
+    words = re.sub(r"[^a-z0-9]+", "_", (request.name or request.prompt).lower())[:40].strip("_")
+    return f"{index:03d}_{words or 'prompt'}"

@@ -7,7 +7,7 @@ The modules of the systems in this folder have the same names: the classes and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,34 +15,23 @@ import torch
 from torch import Tensor
 
 from vidgen.diffusion import flow_matching_loss
-from vidgen.models.autoencoders import PRESETS as VAE_PRESETS
-from vidgen.models.autoencoders import WFVAE as VAE
-from vidgen.models.opensora_plan_v1_5 import PRESETS
-from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT as TRANSFORMER
+from vidgen.models import autoencoders
+from vidgen.models.autoencoders.wfvae import WFVAE as VAE
+from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
+from vidgen.models.opensora_plan_v1_5 import PRESETS, SparseUMMDiT, SparseUMMDiTConfig
 from vidgen.models.text import clean_caption
-from vidgen.pipelines.opensora_plan_v1_5 import encode_text, load_encoders, load_vae
+from vidgen.pipelines.opensora_plan_v1_5 import encode_text, load_encoders, load_vae, read_vae_config
 
 if TYPE_CHECKING:
     from .features import Features
+    from .recipe import Recipe
     from .tasks import DiTTask
 
-__all__ = [
-    "PRESETS",
-    "TRANSFORMER",
-    "VAE",
-    "VAE_PRESETS",
-    "Options",
-    "caption",
-    "draw_text",
-    "encode_text",
-    "latent_channels",
-    "load_encoders",
-    "load_vae",
-    "loss",
-    "needs_video",
-    "tokens",
-    "widths",
-]
+__all__ = ["PRESETS", "VAE", "encode_text", "load_encoders", "load_vae", "read_vae_config"]
+
+DROPPED = ("",)  # what stands for a caption that is left out
+FACTORS = (8, 8, 8)
+VAE_PRESETS = {name: config for name, config in autoencoders.PRESETS.items() if config.vae_scale_factor == FACTORS}
 
 
 @dataclass
@@ -57,12 +46,34 @@ class Options:
         return [f"shift must be positive, got {self.shift}"] if self.shift is not None and self.shift <= 0 else []
 
 
-def caption(text: str) -> str:
+def transformer_class(model: Mapping[str, Any]) -> type[SparseUMMDiT]:
+    """The class that is trained, from the section ``model`` of a recipe."""
+    return SparseUMMDiT
+
+
+def vae_factors(config: WFVAEConfig | None = None) -> tuple[int, int]:
+    """Frames, and pixels along a side, for each of the latent's: of a VAE's configuration, or of the release."""
+    factors = FACTORS if config is None else config.vae_scale_factor
+    return factors[0], factors[1]
+
+
+def vae_channels(config: WFVAEConfig) -> int:
+    """Channels of the VAE's latent."""
+    return config.latent_dim
+
+
+def vae_statistics(vae: VAE) -> tuple[Tensor, Tensor]:
+    """Shift and scale: the transformer's latent is ``(z - shift) * scale``."""
+    shape = (1, -1, 1, 1, 1)
+    return torch.tensor(vae.config.shift or [0.0]).view(shape), torch.tensor(vae.config.scale or [1.0]).view(shape)
+
+
+def caption(text: str, recipe: Recipe) -> str:
     """A caption as the encoders are to see it."""
     return clean_caption(text)
 
 
-def latent_channels(config: Any) -> int:
+def latent_channels(config: SparseUMMDiTConfig) -> int:
     """Channels of the latent that a transformer of this configuration denoises."""
     return config.in_channels
 
@@ -72,17 +83,17 @@ def tokens(config: Any, latent: Sequence[int]) -> int:
     return latent[0] * (latent[1] // config.patch_size) * (latent[2] // config.patch_size)
 
 
-def needs_video(config: Any) -> bool:
+def needs_video(config: SparseUMMDiTConfig) -> bool:
     """Whether the conditions are made of pixels."""
     return False
 
 
-def widths(config: Any, latent_channels: int, text: Features) -> dict[str, tuple[int, int, str]]:
+def widths(config: SparseUMMDiTConfig, channels: int, text: Features) -> dict[str, tuple[int, int, str]]:
     """What the transformer's configuration says, what it must say, and where that comes from, by field."""
     hidden, pooled = text["encoder_hidden_states"].shape[-1], text["pooled_projections"].shape[-1]
     return {
-        "in_channels": (config.in_channels, latent_channels, "the VAE's latents"),
-        "out_channels": (config.out_channels, latent_channels, "the VAE's latents"),
+        "in_channels": (config.in_channels, channels, "the VAE's latents"),
+        "out_channels": (config.out_channels, channels, "the VAE's latents"),
         "caption_channels": (config.caption_channels, hidden, "T5's hidden states"),
         "pooled_projection_dim": (config.pooled_projection_dim, pooled, "CLIP's projection"),
     }
@@ -91,7 +102,7 @@ def widths(config: Any, latent_channels: int, text: Features) -> dict[str, tuple
 def draw_text(task: DiTTask, captions: Sequence[str], generator: torch.Generator) -> Features:
     """The captions' embeddings; at random, both encoders see an empty caption instead."""
     kept = torch.rand(len(captions), generator=generator) >= task.recipe.text.caption_dropout
-    return task.text([caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)])
+    return task.text([text if keep else "" for text, keep in zip(captions, kept.tolist(), strict=True)])
 
 
 def loss(task: DiTTask, latents: Tensor, text: Features, batch: dict[str, Any], generator: torch.Generator) -> Tensor:

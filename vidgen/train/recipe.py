@@ -15,11 +15,16 @@ from vidgen import config
 from vidgen.checkpoints.hf import read_config
 from vidgen.pipelines.folders import NEEDED, weights_folder
 
-from . import opensora_plan_v1_5
+from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
 from .vae_loss import VAELossConfig
 
 # A system is a module with the same names in each; see that of Open-Sora Plan 1.5.
-SYSTEMS: dict[str, Any] = {"opensora_plan_v1_5": opensora_plan_v1_5}
+SYSTEMS: dict[str, Any] = {
+    "opensora_plan_v1_3": opensora_plan_v1_3,
+    "opensora_plan_v1_5": opensora_plan_v1_5,
+    "opensora_v2": opensora_v2,
+    "cogvideox": cogvideox,
+}
 
 
 @dataclass
@@ -159,6 +164,8 @@ class Recipe:
                 build(self)
             except config.ConfigError as error:
                 problems += error.problems
+            except ValueError as error:
+                problems.append(str(error))
         return problems
 
 
@@ -194,7 +201,16 @@ def model_config(recipe: Recipe) -> Any:
 def model_class(recipe: Recipe) -> Any:
     """The class that the task trains."""
     system = SYSTEMS[recipe.system]
-    return system.VAE if recipe.task == "vae" else system.TRANSFORMER
+    return system.VAE if recipe.task == "vae" else system.transformer_class(recipe.model)
+
+
+def vae_config(recipe: Recipe) -> Any:
+    """The configuration of the VAE: the one that is trained, or that of its folder; None where there is none yet."""
+    if recipe.task == "vae":
+        return model_config(recipe)
+    if recipe.vae is None or not recipe.vae.is_dir():
+        return None
+    return SYSTEMS[recipe.system].read_vae_config(weights_folder(recipe.vae))
 
 
 def diffusion_options(recipe: Recipe) -> Any:
@@ -210,8 +226,11 @@ def vae_loss_config(recipe: Recipe) -> Any:
 
 
 def _size_problems(recipe: Recipe) -> Iterator[str]:
-    data, vae = recipe.data, SYSTEMS[recipe.system].VAE
-    factor, side = vae.frames_per_latent, vae.pixels_per_latent
+    data = recipe.data
+    try:
+        factor, side = SYSTEMS[recipe.system].vae_factors(vae_config(recipe))
+    except config.ConfigError:  # told by the model's own check
+        return
     if (data.num_frames - 1) % factor:
         yield f"data: num_frames must be {factor}n+1, got {data.num_frames}"
     if data.height % side or data.width % side:

@@ -21,7 +21,7 @@ from vidgen.models.autoencoders.causal import split_moments
 from vidgen.pipelines.folders import NEEDED, Parts, needed, weights_folder, write_parts
 
 from .features import FeatureCache, Features, clip_key, folder_fingerprint, stack
-from .recipe import SYSTEMS, Recipe, diffusion_options, model_class, model_config, vae_loss_config
+from .recipe import SYSTEMS, Recipe, diffusion_options, model_class, model_config, vae_config, vae_loss_config
 from .vae_loss import vae_loss
 
 NUM_STATISTICS_CLIPS = 64  # at most this many clips say what the latents' mean and spread are
@@ -221,7 +221,7 @@ class DiTTask(Task):
             }
 
     def _check_widths(self) -> None:
-        found = self.system.widths(self.model.config, self.vae.config.latent_dim, self._encode(""))
+        found = self.system.widths(self.model.config, self.system.vae_channels(self.vae.config), self._encode(""))
         problems = [
             f"model.{name} must be {wanted}, the width of {what}, got {given}"
             for name, (given, wanted, what) in found.items()
@@ -236,9 +236,7 @@ class DiTTask(Task):
     def features(self, video: Tensor) -> Features:
         """Mean and standard deviation of the scaled latent, in float32; the video too if conditions are made of it."""
         mean, logvar = split_moments(self.vae.encode_moments(video.to(self.device, self.dtype)).float())
-        config, shape = self.vae.config, (1, -1, 1, 1, 1)
-        scale = torch.tensor(config.scale or [1.0], device=mean.device).view(shape)
-        shift = torch.tensor(config.shift or [0.0], device=mean.device).view(shape)
+        shift, scale = (value.to(mean.device) for value in self.system.vae_statistics(self.vae))
         kept = {"video": video} if self.needs_video else {}
         return {"mean": (mean - shift) * scale, "std": (logvar / 2).exp() * scale.abs(), **kept}
 
@@ -248,7 +246,7 @@ class DiTTask(Task):
 
     def features_are_ready(self) -> None:
         """With latents and captions kept, the encoders are needed no longer."""
-        for caption in ["", *(caption for clip in self.dataset.clips for caption in clip.captions)]:
+        for caption in [*self.system.DROPPED, *(caption for clip in self.dataset.clips for caption in clip.captions)]:
             self._text(caption)
         self.encoders = None
         if not self.needs_video:
@@ -268,7 +266,7 @@ class DiTTask(Task):
 
     def _text(self, caption: str) -> Features:
         """What the encoders make of one caption, ``(...)`` without a batch axis."""
-        caption = self.system.caption(caption)
+        caption = self.system.caption(caption, self.recipe) if caption else caption
         if caption in self._texts:
             return self._texts[caption]
         if self.cache is None:
@@ -311,6 +309,7 @@ def parts_of(recipe: Recipe) -> Parts:
         t5_max_length=text.t5_max_length,
         clip_max_length=text.clip_max_length,
         prompt_prefix="",  # captions had none
+        motion_score=None,
     )
 
 
@@ -336,7 +335,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     with torch.device("meta"):
         model = model_class(recipe)(config)
     system = SYSTEMS[recipe.system]
-    factor, side = system.VAE.frames_per_latent, system.VAE.pixels_per_latent
+    factor, side = system.vae_factors(vae_config(recipe))
     latent = [(data.num_frames - 1) // factor + 1, data.height // side, data.width // side]
     channels = config.latent_dim if recipe.task == "vae" else system.latent_channels(config)
     facts: dict[str, Any] = {

@@ -47,12 +47,12 @@ def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float)
             row.append(tile[:, :, :, :kept, :kept].clone())
             margins.append(last(tile, 3, margin))
             left = last(tile, 4, margin)
+            del tile  # not while the next one is computed
         rows.append(torch.cat(row, 4))
         above = margins
     return torch.cat(rows, 3)
 
 
-@torch.no_grad()
 def blend_frames(code: Code, x: Tensor, size: int, out_size: int, overlap: float) -> Iterator[Tensor]:
     """``code(x)`` in tiles of time, piece by piece.
 
@@ -66,16 +66,17 @@ def blend_frames(code: Code, x: Tensor, size: int, out_size: int, overlap: float
     kept = out_size - margin
     before: Tensor | None = None
     for start in range(0, x.shape[2], stride):
-        tile = code(x[:, :, start : start + size + 1])
-        piece = tile[:, :, : kept + 1]
-        if before is not None:
-            tile = tile[:, :, 1:]
-            blend(before, tile, 2, margin)
-            piece = tile[:, :, :kept]
-        before = last(tile, 2, margin)
+        with torch.no_grad():  # as a decorator, it would hold the last piece while the next one is computed
+            tile = code(x[:, :, start : start + size + 1])
+            piece = tile[:, :, : kept + 1]
+            if before is not None:
+                tile = tile[:, :, 1:]
+                blend(before, tile, 2, margin)
+                piece = tile[:, :, :kept]
+            before = last(tile, 2, margin)
         if piece.shape[2]:
             yield piece
-        del tile, piece  # not while the next tile is computed
+        del tile, piece
 
 
 def blend(before: Tensor, tile: Tensor, dim: int, margin: int) -> None:

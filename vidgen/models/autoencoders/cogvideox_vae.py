@@ -39,9 +39,9 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             resnets = [ResnetBlock(width if j else before, width, groups, eps) for j in range(config.layers_per_block)]
             resampler = Downsample(width, i < config.time_levels) if i < len(widths) - 1 else None
-            self.down_blocks.append(Level(resnets, resampler, "downsamplers"))
+            self.down_blocks.append(Level(resnets, resampler))
             before = width
-        self.mid_block = Level([ResnetBlock(before, before, groups, eps) for _ in range(2)], None, "downsamplers")
+        self.mid_block = Level([ResnetBlock(before, before, groups, eps) for _ in range(2)], None)
         self.norm_out = GroupNorm(groups, before, eps=FIXED_EPS)
         self.conv_out = CausalConv3d(before, 2 * config.latent_channels, 3, padding=1)
 
@@ -59,13 +59,13 @@ class Decoder(nn.Module):
         widths = config.block_out_channels[::-1]
         kind = (config.norm_num_groups, config.norm_eps, config.latent_channels)
         self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Level([ResnetBlock(widths[0], widths[0], *kind) for _ in range(2)], None, "upsamplers")
+        self.mid_block = Level([ResnetBlock(widths[0], widths[0], *kind) for _ in range(2)], None)
         self.up_blocks = nn.ModuleList()
         before = widths[0]
         for i, width in enumerate(widths):
             resnets = [ResnetBlock(width if j else before, width, *kind) for j in range(config.layers_per_block + 1)]
             resampler = Upsample(width, i < config.time_levels) if i < len(widths) - 1 else None
-            self.up_blocks.append(Level(resnets, resampler, "upsamplers"))
+            self.up_blocks.append(Level(resnets, resampler))
             before = width
         self.norm_out = SpatialNorm(before, config.latent_channels, config.norm_num_groups)
         self.conv_out = CausalConv3d(before, config.out_channels, 3, padding=1)

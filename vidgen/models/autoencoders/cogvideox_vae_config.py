@@ -83,8 +83,15 @@ class CogVideoXVAEConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, in words; empty when all is well."""
-        positive = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
-        positive += ("sample_height", "sample_width")
+        positive = (
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "sample_height",
+            "sample_width",
+        )
         found = [f"{name} must be at least 1, got {v}" for name in positive if (v := getattr(self, name)) < 1]
         found += [
             f"{name} must be {wanted!r}, got {getattr(self, name)!r}"

@@ -133,16 +133,15 @@ def repeat(x: Tensor, times: int) -> Tensor:
 class Level(nn.Module):
     """Residual blocks of one width, then a change of size, which the last level does not have."""
 
-    def __init__(self, resnets: list[ResnetBlock], resampler: Downsample | Upsample | None, name: str) -> None:
+    def __init__(self, resnets: list[ResnetBlock], resampler: Downsample | Upsample | None) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.resampler_name = name
-        if resampler is not None:
-            self.add_module(name, nn.ModuleList([resampler]))
+        self.downsamplers = nn.ModuleList([resampler]) if isinstance(resampler, Downsample) else None
+        self.upsamplers = nn.ModuleList([resampler]) if isinstance(resampler, Upsample) else None
 
     def forward(self, x: Tensor, stream: Stream, z: Tensor | None = None) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x, stream, z)
-        for resampler in self._modules.get(self.resampler_name) or ():
+        for resampler in (*(self.downsamplers or ()), *(self.upsamplers or ())):
             x = resampler(x, stream)
         return x

@@ -33,6 +33,8 @@ class HunyuanVAEConfig:
         sample_size: side of a tile in pixels.
         sample_tsize: frames of a tile.
         tile_overlap_factor: part of a tile that is blended with the tile before.
+        allow_misaligned_tiles: accept sizes whose tiles do not line up, as the original does: the results then have
+            gaps or repetitions, and other sizes.
 
     Raises:
         ValueError: lists everything that is wrong with the values.
@@ -54,6 +56,7 @@ class HunyuanVAEConfig:
     sample_size: int = 256
     sample_tsize: int = 64
     tile_overlap_factor: float = 0.25
+    allow_misaligned_tiles: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
@@ -110,7 +113,8 @@ class HunyuanVAEConfig:
             return [f"tile_overlap_factor must lie in [0, 1), got {overlap}"]
         advance = (int(sample * (1 - overlap)), int(latent * (1 - overlap)))
         kept = (sample - int(sample * overlap), latent - int(latent * overlap))
-        if min(advance) >= 1 and advance[0] == ratio * kept[1] and kept[0] == ratio * advance[1]:
+        lined_up = advance[0] == ratio * kept[1] and kept[0] == ratio * advance[1]
+        if min(advance) >= 1 and (lined_up or self.allow_misaligned_tiles):
             return []
         return [
             f"{name} and tile_overlap_factor must make tiles that line up: {sample} and {overlap} advance by "

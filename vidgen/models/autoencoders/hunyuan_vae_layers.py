@@ -25,8 +25,9 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.padding:
-            x = F.pad(x, (self.padding,) * 4 + (0, 0), mode="replicate")
-        return ops.causal_conv3d(x, self.conv.weight, self.conv.bias, stride=self.stride)
+            x = F.pad(x, (self.padding,) * 4 + (2 * self.padding, 0), mode="replicate")
+        # what stands in front is padded already, in the same copy
+        return ops.causal_conv3d(x, self.conv.weight, self.conv.bias, stride=self.stride, cache=x[:, :, :0].detach())
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -4,17 +4,19 @@
 The original decodes latent frame 0 and then two at a time, looking one frame ahead at each chunk's end. Every
 convolution keeps the frames before that look-ahead for the next chunk. With an even number of latent frames the last
 chunk but one has no look-ahead, and the convolutions keep frames from too early: the last four frames of the video come
-out wrong, and those before them are of a video that ends there.
+out wrong, and the two before them are of a video that ends there.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .layers import CausalConv3d, Upsample3D
 from .streaming import Stream, last_frames
-from .wfvae import WFVAE
+from .wfvae import WFVAE, Decoder
 
 
 class MisplacedStream(Stream):
@@ -30,7 +32,7 @@ class MisplacedStream(Stream):
         self._kept[layer] = last_frames(x, count + ahead, before)[:, :, :count].clone()
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Upsamplers keep the last frame but one, see :func:`decode_with_original_chunks`; the rest keep nothing."""
+        """Upsamplers keep the last frame but one, by a hook of :func:`decode_with_original_chunks`."""
 
 
 @torch.no_grad()
@@ -51,12 +53,11 @@ def decode_with_original_chunks(vae: WFVAE, latent: Tensor) -> Tensor:
         return vae.decode(latent)
     if frames == 2:
         raise ValueError("decode_with_original_chunks: latent must not have 2 frames, which the original cannot chunk")
-    z, decoder = vae.unnormalize(latent), vae.decoder
+    z, decoder = vae.unnormalize(latent), cast(Decoder, vae.decoder)
     stream = MisplacedStream(convolutions_ahead(decoder))
     hooks = [
-        # frame 0 is not among those that are doubled
-        module.register_forward_pre_hook(
-            lambda module, inputs: stream._kept.__setitem__(module, inputs[0][:, :, -2:-1].clone())
+        module.register_forward_hook(
+            lambda module, inputs, output: stream._kept.__setitem__(module, inputs[0][:, :, -2:-1].clone())
         )
         for module in decoder.modules()
         if isinstance(module, Upsample3D)
@@ -68,7 +69,7 @@ def decode_with_original_chunks(vae: WFVAE, latent: Tensor) -> Tensor:
     return torch.cat((before, decoder(z[:, :, -1:], stream)[0]), 2)
 
 
-def convolutions_ahead(decoder: nn.Module) -> dict[nn.Module, int]:
+def convolutions_ahead(decoder: Decoder) -> dict[nn.Module, int]:
     """How many frames of each convolution's input the original takes for the look-ahead: 1 below the upsampler of time,
     2 above it.
     """

@@ -275,18 +275,18 @@ class CogVideoXTransformer3DModel(PretrainedModel):
         for block in self.transformer_blocks:
             assert isinstance(block, CogVideoXBlock)
             to_streams = (block.attn1.to_out[0], block.ff.net[2])
-            for layer in (l for part in (block.attn1, block.ff) for l in part.modules() if isinstance(l, nn.Linear)):
-                init_normal(
-                    layer, 0.02 / (2 * self.config.num_layers) ** 0.5 if layer in to_streams else 0.02, generator
-                )
+            layers = [m for part in (block.attn1, block.ff) for m in part.modules() if isinstance(m, nn.Linear)]
+            for layer in layers:
+                std = 0.02 / (2 * self.config.num_layers) ** 0.5 if layer in to_streams else 0.02
+                init_normal(layer, std, generator)
             for norm in (block.norm1, block.norm2):
                 nn.init.zeros_(norm.linear.weight)
                 nn.init.zeros_(norm.linear.bias)
         with torch.no_grad():
-            for layer in (self.patch_embed.proj, self.proj_out):
-                nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1), generator=generator)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+            for projection in (self.patch_embed.proj, self.proj_out):
+                nn.init.xavier_uniform_(projection.weight.flatten(1), generator=generator)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
 
     convert_state_dict = staticmethod(keys.convert_state_dict)
 

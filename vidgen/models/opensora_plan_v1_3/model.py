@@ -8,7 +8,7 @@ rows, then columns), S text tokens, D hidden width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class OpenSoraT2V_v1_3(PretrainedModel):
     ``gradient_checkpointing = True`` recomputes each block in the backward pass instead of keeping its activations.
     """
 
-    config_class: type = OpenSoraConfig
+    config_class: ClassVar[type] = OpenSoraConfig
     config: OpenSoraConfig
     convert_state_dict = staticmethod(keys.convert_state_dict)
 
@@ -155,7 +155,11 @@ class OpenSoraT2V_v1_3(PretrainedModel):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, config.patch_size**2 * cast(int, config.out_channels))
+        self.add_embeds()
         self.init_weights()
+
+    def add_embeds(self) -> None:
+        """A subclass adds what embeds its other inputs."""
 
     def forward(
         self,
@@ -256,25 +260,23 @@ class OpenSoraInpaint_v1_3(OpenSoraT2V_v1_3):
     config_class = OpenSoraInpaintConfig
     config: OpenSoraInpaintConfig
 
-    def __init__(self, config: OpenSoraInpaintConfig) -> None:
-        super().__init__(config)
-        width = config.hidden_size
+    def add_embeds(self) -> None:
+        config, width = self.config, self.config.hidden_size
         for name, channels in zip(keys.INPAINT_MODULES, (config.in_channels, config.vae_scale_factor_t), strict=True):
             embed = FramePatchEmbed(config.patch_size, channels, width)
             self.add_module(name, nn.Sequential(embed, nn.Linear(width, width, bias=False)))
-        self.init_weights()
 
     def embed(self, hidden_states: Tensor) -> Tensor:
         channels = self.config.in_channels
         latent, given, mask = hidden_states.split((channels, channels, self.config.vae_scale_factor_t), 1)
-        return self.pos_embed(latent) + self.pos_embed_masked_hidden_states(given) + self.pos_embed_mask(mask)
+        embeds: list[Any] = [getattr(self, name) for name in keys.INPAINT_MODULES]
+        return self.pos_embed(latent) + embeds[0](given) + embeds[1](mask)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """As the text-to-video model, and zeros between what is given and the rest."""
         super().init_weights(generator)
         for name in keys.INPAINT_MODULES:
-            if hasattr(self, name):  # the base class draws its own part before these exist
-                nn.init.zeros_(getattr(self, name)[1].weight)
+            nn.init.zeros_(getattr(self, name)[1].weight)
 
 
 def visible_keys(mask: Tensor | None, sparse_n: int, pattern: str) -> Tensor | None:

@@ -46,7 +46,7 @@ class MMDiTConfig:
     depth: int = 19
     depth_single_blocks: int = 38
     axes_dim: tuple[int, int, int] = (16, 56, 56)
-    theta: int = 10000
+    theta: float = 10000.0
     qkv_bias: bool = True
     guidance_embed: bool = False
     cond_embed: bool = True
@@ -78,13 +78,15 @@ class MMDiTConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, in words; empty when all is well."""
-        positive = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta", "patch_size")
+        positive = ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "patch_size")
         found = [f"{name} must be at least 1, got {v}" for name in positive if (v := getattr(self, name)) < 1]
         found += [
             f"{n} must not be negative, got {v}"
             for n in ("depth", "depth_single_blocks")
             if (v := getattr(self, n)) < 0
         ]
+        if not self.theta > 0:
+            found.append(f"theta must be positive, got {self.theta}")
         if found:
             return found
         if self.hidden_size % self.num_heads:

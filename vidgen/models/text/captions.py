@@ -6,9 +6,19 @@ from __future__ import annotations
 import html
 import re
 
+import torch
+
 OPENSORA_PLAN_V1_5_PREFIX = "high quality, "
+OPENSORA_PLAN_V1_3_PREFIX = "high quality, high aesthetic, "
+OPENSORA_PLAN_V1_3_NEGATIVE_PROMPT = (
+    "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
+    "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+# Part of what the inpainting model was trained on: it stands for a caption that says nothing.
+OPENSORA_PLAN_V1_3_NEUTRAL_CAPTION = "The video/image showcases a scene with coherent and clear visuals."
 
 _ENDS_WITH_FPS = re.compile(r"\d+ FPS\.$")
+_NICKNAME = re.compile(r"@\w+")
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 _REMOVED = re.compile(
     r"</?[a-z][^<>]*>"  # HTML tags
@@ -30,6 +40,47 @@ def clean_caption(caption: str) -> str:
     while (cleaned := _clean_once(caption)) != caption:
         caption = cleaned  # decoding one entity can bring out another, or a tag
     return caption
+
+
+def opensora_plan_v1_3_prompt(caption: str) -> str:
+    """The positive prompt that Open-Sora Plan v1.3 samples with: ``"high quality, high aesthetic, {caption}"``.
+
+    The caption is not cleaned. The original puts line breaks and spaces around it, which mT5's tokenizer takes out.
+    """
+    return OPENSORA_PLAN_V1_3_PREFIX + caption
+
+
+def opensora_plan_v1_3_training_caption(caption: str) -> str:
+    """The caption that Open-Sora Plan v1.3 trains with: cleaned, and without names that begin with ``@``.
+
+    Every script stays, since mT5 reads them all.
+    """
+    caption = clean_caption(caption)
+    while (cleaned := " ".join(_NICKNAME.sub(" ", caption).split())) != caption:
+        caption = cleaned
+    return caption
+
+
+def drop_caption(
+    caption: str, *, probability: float = 0.1, inpaint: bool = False, generator: torch.Generator | None = None
+) -> str:
+    """Now and then the empty caption, from which a model learns what guidance compares with (Open-Sora Plan v1.3).
+
+    Args:
+        caption: comes back in all other cases.
+        probability: of dropping it; the original's is 0.1.
+        inpaint: instead of the empty caption, half of the time, one that says nothing.
+        generator: of the draws.
+
+    Raises:
+        ValueError: ``probability`` outside [0, 1].
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"drop_caption: probability must lie in [0, 1], got {probability}")
+    dropped, neutral = torch.rand(2, generator=generator).tolist()
+    if dropped >= probability:
+        return caption
+    return OPENSORA_PLAN_V1_3_NEUTRAL_CAPTION if inpaint and neutral < 0.5 else ""
 
 
 def opensora_plan_v1_5_prompt(caption: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vidgen.io import read_json
+
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
@@ -18,6 +20,20 @@ def import_transformers(user: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(f"{user} needs transformers: pip install 'vidgen[models]'") from error
     return transformers
+
+
+def read_config(folder: Path, user: str) -> dict[str, Any]:
+    """What a folder's ``config.json`` says.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        ValueError: it is not an object.
+    """
+    _require(folder, user, "config.json")
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise ValueError(f"{user}: {folder / 'config.json'} must hold an object, got {type(values).__name__}")
+    return values
 
 
 def load_model(model_class: Any, folder: Path, user: str) -> Any:

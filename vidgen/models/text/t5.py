@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder half of T5 (arXiv 1910.10683): one vector per token of the caption."""
+"""The encoder half of T5 (arXiv 1910.10683) and of mT5 (arXiv 2010.11934): one vector per token of the caption."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folder import import_transformers, load_model, load_tokenizer, tokenize
+from .folder import import_transformers, load_model, load_tokenizer, read_config, tokenize
+
+# By the model_type of a folder's config.json, the class of transformers that holds the encoder.
+ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 
 class T5TextEncoder(nn.Module):
     """Captions to hidden states and mask. Open-Sora Plan v1.5 uses T5-v1.1-XL (2048 channels), 512 tokens.
 
+    Open-Sora Plan v1.3 uses mT5-XXL (4096 channels), 512 tokens, for captions in any language; umT5 is taken too.
     CogVideoX and Open-Sora 2.0 use T5-v1.1-XXL (4096 channels) with ``mask_padding=False``, 226 and 512 tokens.
     """
 
@@ -39,7 +43,7 @@ class T5TextEncoder(nn.Module):
         """Load a local Hugging Face folder: ``config.json``, ``*.safetensors`` and the tokenizer's files.
 
         Args:
-            folder: a T5 encoder, or a whole T5 of which the encoder is taken.
+            folder: an encoder of T5, mT5 or umT5, or a whole one of which the encoder is taken.
             max_length: tokens that every caption is padded or cut to.
             tokenizer_folder: where the tokenizer lies, if not beside the model.
             dtype: of the weights; T5 overflows in float16, bfloat16 is safe.
@@ -49,10 +53,13 @@ class T5TextEncoder(nn.Module):
         Raises:
             ImportError: transformers is not installed.
             FileNotFoundError: a part is missing; the message names it.
-            ValueError: the weights do not fill the model.
+            ValueError: the weights do not fill the model, or it is of another kind.
         """
         transformers = import_transformers(cls.__name__)
-        model = load_model(transformers.T5EncoderModel, Path(folder), cls.__name__)
+        kind = read_config(Path(folder), cls.__name__).get("model_type")
+        if kind not in ENCODERS:
+            raise ValueError(f"{cls.__name__}: {folder} must hold one of {', '.join(ENCODERS)}, got {kind!r}")
+        model = load_model(getattr(transformers, ENCODERS[kind]), Path(folder), cls.__name__)
         tokenizer = load_tokenizer(Path(tokenizer_folder or folder), cls.__name__)
         return cls(model.to(dtype), tokenizer, max_length, mask_padding=mask_padding)
 

@@ -53,9 +53,16 @@ def make_plan(
     sparse_n: int,
     pattern: str,
 ) -> Plan:
-    """Check everything that a call was given, and learn the ``sizes`` from the other ranks where they are None."""
+    """Check everything that a call was given, and learn the ``sizes`` from the other ranks where they are None.
+
+    A mode that has no Ulysses or no ring gives None for its group.
+    """
     u, num_u = place_in(op, "ulysses_group", ulysses_group) if ulysses_group is not None else (0, 1)
     p, num_p = place_in(op, "ring_group", ring_group) if ring_group is not None else (0, 1)
+    if ulysses_group is not None and ring_group is not None:
+        shared = {*dist.get_process_group_ranks(ulysses_group)} & {*dist.get_process_group_ranks(ring_group)}
+        if len(shared) > 1:
+            raise ValueError(f"{op}: ulysses_group and ring_group must share this rank only, got {sorted(shared)}")
     blocks = ring_blocks(num_u, num_p, order)
     own, ranks = blocks[p][u], num_u * num_p
 

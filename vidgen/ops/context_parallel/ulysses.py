@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..skiparse_attention import skiparse_attention
-from .checks import Plan, make_plan
-from .exchange import exchange, gather
+from .checks import Plan, make_plan, place_in
+from .exchange import Shape, exchange, gather
 from .layout import shard_sizes
 
 # (q, k, v, text_q, text_k, text_v) of some heads to (out, text_out)
@@ -66,8 +66,10 @@ def ulysses_attention(
         ValueError: shapes, dtypes or devices do not fit each other or ``sizes``, this process is not in ``group``,
             or, without ``sizes``, the ranks' arguments do not fit each other.
     """
+    op = "ulysses_attention"
+    place_in(op, "group", group)
     plan = make_plan(
-        "ulysses_attention",
+        op,
         *(q, k, v, text_q, text_k, text_v),
         ulysses_group=group,
         ring_group=None,
@@ -149,27 +151,59 @@ def by_heads(
 
 
 def to_heads(
-    tensors: list[Tensor], sizes: list[list[int]], heads: Sequence[int], group: dist.ProcessGroup
+    tensors: list[Tensor],
+    sizes: list[list[int]],
+    heads: Sequence[int],
+    group: dist.ProcessGroup,
+    members: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """From ``sizes[i][rank]`` tokens of all heads to all tokens of ``heads[rank]`` heads, each tensor i in one go."""
-    own = heads[dist.get_rank(group)]
+    """From ``sizes[i][m]`` tokens of all heads to all tokens of ``heads[m]`` heads, every tensor i in one exchange.
+
+    ``members`` are the ranks of ``group`` that take part; None: all. The others must call it with members of their own.
+    """
+    own = heads[_place(group, members)]
     split = [t.split(list(heads), 2) for t in tensors]
     shapes = [
-        [(t.shape[0], size[rank], own, t.shape[3]) for t, size in zip(tensors, sizes, strict=True)]
-        for rank in range(len(heads))
+        [(t.shape[0], size[m], own, t.shape[3]) for t, size in zip(tensors, sizes, strict=True)]
+        for m in range(len(heads))
     ]
-    arrived = exchange(list(zip(*split, strict=True)), shapes, group)
+    arrived = _exchange_among(members, list(zip(*split, strict=True)), shapes, group)
     return [torch.cat(shards, 1) for shards in zip(*arrived, strict=True)]
 
 
 def to_tokens(
-    tensors: list[Tensor], sizes: list[list[int]], heads: Sequence[int], group: dist.ProcessGroup
+    tensors: list[Tensor],
+    sizes: list[list[int]],
+    heads: Sequence[int],
+    group: dist.ProcessGroup,
+    members: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The inverse of :func:`to_heads`."""
-    rank = dist.get_rank(group)
+    own = _place(group, members)
     split = [t.split(size, 1) for t, size in zip(tensors, sizes, strict=True)]
     shapes = [
-        [(t.shape[0], size[rank], count, t.shape[3]) for t, size in zip(tensors, sizes, strict=True)] for count in heads
+        [(t.shape[0], size[own], count, t.shape[3]) for t, size in zip(tensors, sizes, strict=True)] for count in heads
     ]
-    arrived = exchange(list(zip(*split, strict=True)), shapes, group)
+    arrived = _exchange_among(members, list(zip(*split, strict=True)), shapes, group)
     return [torch.cat(shares, 2) for shares in zip(*arrived, strict=True)]
+
+
+def _place(group: dist.ProcessGroup, members: Sequence[int] | None) -> int:
+    rank = dist.get_rank(group)
+    return rank if members is None else members.index(rank)
+
+
+def _exchange_among(
+    members: Sequence[int] | None,
+    pieces: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[Shape]],
+    group: dist.ProcessGroup,
+) -> list[list[Tensor]]:
+    """:func:`exchange` in which a rank has nothing for those outside ``members``: no group of theirs is needed."""
+    if members is None:
+        return exchange(pieces, shapes, group)
+    ranks = range(dist.get_world_size(group))
+    to = [pieces[members.index(rank)] if rank in members else [] for rank in ranks]
+    of = [shapes[members.index(rank)] if rank in members else [] for rank in ranks]
+    arrived = exchange(to, of, group)
+    return [arrived[member] for member in members]

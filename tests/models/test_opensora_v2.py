@@ -292,6 +292,17 @@ def test_every_parameter_has_a_gradient() -> None:
         assert not [key for key, grad in grads.items() if grad is None or not grad.any()]
 
 
+def test_training_compiles_as_one_graph() -> None:
+    model = make_model("tiny_i2v", depth=1, depth_single_blocks=1)
+    inputs = make_inputs(model.config)
+    wanted, output = model(**inputs), torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(output, wanted)
+    parameters = list(model.parameters())
+    eager = torch.autograd.grad(wanted.square().mean(), parameters)
+    for a, b in zip(torch.autograd.grad(output.square().mean(), parameters), eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Files
 
 

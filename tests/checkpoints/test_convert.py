@@ -4,6 +4,7 @@
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -464,6 +465,31 @@ def test_sources_of_no_known_form(tmp_path: Path) -> None:
     (sat / "latest").write_text("1")
     (sat / "1/mp_rank_01_model_states.pt").touch()
     refused("cut over ranks", sat)
+
+
+def test_damaged_files_are_refused_in_words(tiny, tmp_path: Path) -> None:
+    """Whatever bytes are changed, the answer is a ValueError, or acceptance where only values changed."""
+    folder, _ = tiny("cogvideox")
+    convert(folder, tmp_path / "tree", "mindspeed-mm")
+    convert(folder, tmp_path / "a.safetensors", "safetensors")
+    shutil.copytree(folder, tmp_path / "folder")
+    rng = random.Random(0)
+    refused = 0
+    for source, name in (("tree", RANK_FILE), ("a.safetensors", ""), ("folder", "config.json")):
+        file = tmp_path / source / name
+        whole = file.read_bytes()
+        for _ in range(25):
+            damaged = bytearray(whole)
+            # Structure is at both ends.
+            place = rng.choice([rng.randrange(min(len(whole), 9000)), -1 - rng.randrange(min(len(whole), 6000))])
+            damaged[place:] = rng.randbytes(rng.randrange(9)) + whole[place:][1:]
+            file.write_bytes(damaged if rng.random() < 0.7 else damaged[:place])
+            try:
+                convert(tmp_path / source, tmp_path / "x", "mindspeed-mm", dry_run=True)
+            except ValueError:
+                refused += 1
+        file.write_bytes(whole)
+    assert refused > 40 and not (tmp_path / "x").exists()
 
 
 def test_tensors_of_no_model() -> None:

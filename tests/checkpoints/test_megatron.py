@@ -359,15 +359,25 @@ def test_layerzero_that_does_not_fit(tiny, same, tmp_path: Path) -> None:
     (run / "model_3.pt").unlink()
     (run / "model_2.pt").rename(run / "model_3.pt")
     edit(run / "model_3.pt", lambda c: c["parallel_state"].update(global_rank=3))
-    assert "must hold ranks 0 to 3, got [0, 1, 3]" in refusal(run)
+    assert "must hold the ranks 0, 1, ... once each, got [0, 1, 3]" in refusal(run)
     edit(run / "model_0.pt", lambda c: c["parallel_state"].update(tp_degree=2))
     assert "tp_degree must be 1, got 2" in refusal(run)
 
 
 def test_layerzero_records_may_be_objects() -> None:
-    assert megatron._record_shape(SimpleNamespace(shape=torch.Size([2, 3]))) == (2, 3)
-    assert megatron._record_shape({"shape": [4]}) == (4,)
-    assert megatron._record_shape(None) is None
+    assert megatron._record_shape(SimpleNamespace(shape=torch.Size([2, 3])), "x") == (2, 3)
+    assert megatron._record_shape({"shape": [4]}, "x") == (4,)
+    assert megatron._record_shape(None, "x") is None
+    for record in ({"shape": 3}, {}, SimpleNamespace(shape=[2, "x"]), 7):
+        with pytest.raises(ValueError, match="x: its record must have a shape"):
+            megatron._record_shape(record, "x")
+
+
+@pytest.mark.parametrize("key", ["parallel_state", "shard_state_dict"])
+def test_layerzero_records_of_another_kind(tmp_path: Path, key: str) -> None:
+    torch.save({"model": {"predictor.a": torch.zeros(2)}, key: [1]}, tmp_path / "model_0.pt")
+    with pytest.raises(ValueError, match=f"{key} must be a map, got list"):
+        open_source(tmp_path)
 
 
 def test_mindspeed_mms_layerzero_converter_wraps_weights_twice(tiny, same, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def compare(
     rank: int,
     *,
     relative: bool = False,
+    strided: bool = False,
     **options: Any,
 ) -> Errors:
     """Largest differences from one process, of outputs and of gradients of every input (``relative`` to the largest).
@@ -95,16 +96,21 @@ def compare(
         own_grads.append(each[rank] if text_tokens is None else each[0][:, text_tokens[rank]])
     expected, expected_grads = alone(problem, grads, **options)
 
+    def laid_out(t: Tensor) -> Tensor:
+        """The same values, with head_dim outermost."""
+        return t.movedim(3, 0).contiguous().movedim(0, 3) if strided else t
+
+    own_grads = [laid_out(grad) for grad in own_grads]
     own: dict[str, Any] = {}
     for name, t in problem.items():
         if name in ("mask", "text_mask") or t is None:
             own[name] = t
         elif name.startswith("text") and text_tokens is None:
-            own[name] = t.clone().requires_grad_()
+            own[name] = laid_out(t.clone()).requires_grad_()
         else:
             assert text_tokens is not None or not name.startswith("text")
             mine = text_tokens[rank] if name.startswith("text") and text_tokens is not None else tokens[rank]
-            own[name] = t[:, mine].requires_grad_()
+            own[name] = laid_out(t[:, mine]).requires_grad_()
     out = attend(**own, **options)
     outs = list(out) if isinstance(out, tuple) else [out]
     torch.autograd.backward(outs, own_grads)
@@ -170,6 +176,7 @@ def attention(
     pattern: str = "single",
     inner: int = 1,
     relative: bool = False,
+    strided: bool = False,
     **parallel: Any,
 ) -> Errors:
     """``mode`` is ulysses, ring, ulysses_inner or ring_inner; ``inner`` the size of the inner group of the latter."""
@@ -190,7 +197,7 @@ def attention(
         return cp.usp_attention(q, k, v, *groups, order=mode, **own)
 
     text_tokens = placed(text_sizes) if text_sizes else None
-    options = {"sparse_n": sparse_n, "pattern": pattern, "relative": relative}
+    options = {"sparse_n": sparse_n, "pattern": pattern, "relative": relative, "strided": strided}
     return compare(group, attend, problem, placed(sizes), text_tokens, rank, **options)
 
 
@@ -203,6 +210,7 @@ def group_parallel(
     text: int = 0,
     text_queries: bool = True,
     masked: bool = False,
+    strided: bool = False,
 ) -> Errors:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
@@ -212,7 +220,8 @@ def group_parallel(
         return cp.skiparse_group_parallel(q, k, v, placement, group, **own)
 
     tokens = [placement.tokens(rank) for rank in range(ranks)]
-    return compare(group, attend, problem, tokens, None, rank, sparse_n=sparse_n, pattern=pattern)
+    options = {"sparse_n": sparse_n, "pattern": pattern, "strided": strided}
+    return compare(group, attend, problem, tokens, None, rank, **options)
 
 
 def layers(group: Group, tokens: int, ratios: list[int], text: int, masked: bool = False) -> Errors:
@@ -403,10 +412,10 @@ def second_group(group: Group) -> Errors:
 
 
 class Counted:
-    """Counts the bytes that this rank gives to others, in the collectives that context parallelism uses."""
+    """Counts the bytes that this rank gives to others, and the collectives of context parallelism that it calls."""
 
     def __init__(self, group: Group) -> None:
-        self.group, self.bytes = group, 0
+        self.group, self.bytes, self.calls = group, 0, 0
 
     def __enter__(self) -> Counted:
         self.originals = dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather
@@ -415,10 +424,12 @@ class Counted:
         def counted_all_to_all(out: Tensor, given: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
             away = sum(sent) - sent[dist.get_rank(self.group)]
             self.bytes += away * given[:1].numel() * given.element_size()
+            self.calls += 1
             return all_to_all(out, given, received, sent, **rest)
 
         def counted_batch(messages: list[Any]) -> Any:
             self.bytes += sum(m.tensor.numel() * m.tensor.element_size() for m in messages if m.op is dist.isend)
+            self.calls += 1
             return batch(messages)
 
         def unexpected(*args: Any, **rest: Any) -> Any:
@@ -433,8 +444,9 @@ class Counted:
 
 def volume(
     group: Group, mode: str, tokens: int, heads: int, dim: int, text: int, sparse_n: int, shard_text: bool = False
-) -> tuple[int, int]:
-    """Bytes that this rank sends for one layer, forward and backward, in float32 (hidden states move before it)."""
+) -> tuple[int, int, int]:
+    """Bytes that this rank sends for one layer, forward and backward, in float32 (hidden states move before it), and
+    how many collectives that takes forward."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     sizes = cp.shard_sizes(tokens, ranks)
     text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
@@ -455,7 +467,7 @@ def volume(
     outs = list(out) if isinstance(out, tuple) else [out]
     with Counted(group) as backward:
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
-    return forward.bytes, backward.bytes
+    return forward.bytes, backward.bytes, forward.calls
 
 
 # Refusals

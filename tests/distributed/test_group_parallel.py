@@ -35,6 +35,10 @@ def test_equals_one_process(pool: Pool, name: str, ranks: int, pattern: str) -> 
     require_equal(pool.run("group_parallel", ranks, pattern=pattern, **CASES[name]))
 
 
+def test_any_strides(pool: Pool) -> None:
+    require_equal(pool.run("group_parallel", 3, pattern="group", strided=True, **CASES["odd tokens"]))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("ratios", [[4, 4, 4], [1, 2, 4, 2, 1]])
 def test_stream_moves_between_layers(pool: Pool, ratios: list[int], ranks: int) -> None:
@@ -52,7 +56,7 @@ def test_moves(pool: Pool, ranks: int) -> None:
 def sent(pool: Pool, ranks: int, mode: str, **case: Any) -> tuple[float, float]:
     """Bytes of a rank forward and backward, on average."""
     counts = pool.run("volume", ranks, mode=mode, heads=6, dim=4, **case)
-    return sum(f for f, _ in counts) / ranks, sum(b for _, b in counts) / ranks
+    return sum(f for f, _, _ in counts) / ranks, sum(b for _, b, _ in counts) / ranks
 
 
 @pytest.mark.parametrize("ranks, sparse_n", [(2, 4), (2, 12), (3, 12), (4, 4), (4, 12)])
@@ -91,6 +95,21 @@ def test_groups_send_a_quarter_of_ulysses(pool: Pool, ranks: int) -> None:
     ulysses = sent(pool, ranks, "ulysses", shard_text=True, **joint)
     for groups, other in zip(sent(pool, ranks, "group", **joint), ulysses, strict=True):
         assert groups <= 0.35 * other
+
+
+@pytest.mark.parametrize(
+    "mode, text, sparse_n, calls",
+    [
+        ("ulysses", 8, 1, 2),  # q, k and v in one, text with them
+        ("group", 0, 4, 1),  # the move; none inside attention
+        ("group", 8, 4, 3),  # the text's rows, summed and handed around
+        ("group", 0, 2, 3),  # two ranks share a group
+        ("ring", 0, 1, 3),
+    ],
+)
+def test_exchanges_of_a_layer(pool: Pool, mode: str, text: int, sparse_n: int, calls: int) -> None:
+    case = {"tokens": 64, "text": text, "sparse_n": sparse_n, "heads": 4, "dim": 4, "shard_text": mode == "ulysses"}
+    assert [reply[2] for reply in pool.run("volume", 4, mode=mode, **case)] == [calls] * 4
 
 
 def test_groups_by_formula() -> None:

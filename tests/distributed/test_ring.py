@@ -61,6 +61,12 @@ def test_one_of_the_two_is_one(pool: Pool, ranks: int, inner: int, order: str) -
     require_equal(pool, ranks, mode=order, inner=inner, **CASES["group-skip"])
 
 
+@pytest.mark.parametrize("mode, inner", [("ulysses", 1), ("ring", 1), ("ring_inner", 2)])
+@pytest.mark.parametrize("name", ["plain", "text over the ranks", "group-skip"])
+def test_any_strides(pool: Pool, name: str, mode: str, inner: int) -> None:
+    require_equal(pool, 4, mode=mode, inner=inner, strided=True, **CASES[name])
+
+
 def test_more_queries_than_a_block_of_the_backward_pass(pool: Pool) -> None:
     require_equal(pool, 2, mode="ring", shape=(1, 2100, 1, 4), masked=True, relative=True)
 

@@ -134,6 +134,75 @@ def test_release_layout_computes_the_same(fused: bool, halves: bool) -> None:
         assert (wrong(**inputs) - wanted).abs().max() > 1e-2
 
 
+# Against diffusers
+
+
+def flux_state(state: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
+    """Weights in Flux's own layout under the names that diffusers gives them."""
+    width, result = config.hidden_size, {}
+    embedders = {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder", "vector_in": "text_embedder"}
+    plain = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    plain |= {
+        f"{ours}.{place}_layer": f"time_text_embed.{theirs}.linear_{n}"
+        for ours, theirs in embedders.items()
+        for place, n in (("in", 1), ("out", 2))
+    }
+    streams = {
+        "img": ("norm1", "attn.to_{}", "attn.norm_{}", "attn.to_out.0", "ff"),
+        "txt": ("norm1_context", "attn.add_{}_proj", "attn.norm_added_{}", "attn.to_add_out", "ff_context"),
+    }
+    for i in range(config.depth):
+        for stream, (norm, projection, qk_norm, out, ff) in streams.items():
+            ours, theirs = f"double_blocks.{i}.{stream}", f"transformer_blocks.{i}"
+            plain |= {f"{ours}_mod.lin": f"{theirs}.{norm}.linear", f"{ours}_attn.proj": f"{theirs}.{out}"}
+            plain |= {f"{ours}_mlp.0": f"{theirs}.{ff}.net.0.proj", f"{ours}_mlp.2": f"{theirs}.{ff}.net.2"}
+            for leaf in ("weight", "bias"):
+                for letter, part in zip("qkv", state[f"{ours}_attn.qkv.{leaf}"].chunk(3), strict=True):
+                    result[f"{theirs}.{projection.format(letter)}.{leaf}"] = part
+            for letter, name in (("q", "query"), ("k", "key")):
+                result[f"{theirs}.{qk_norm.format(letter)}.weight"] = state[f"{ours}_attn.norm.{name}_norm.scale"]
+    for i in range(config.depth_single_blocks):
+        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        plain |= {f"{ours}.modulation.lin": f"{theirs}.norm.linear", f"{ours}.linear2": f"{theirs}.proj_out"}
+        names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        for leaf in ("weight", "bias"):
+            parts = state[f"{ours}.linear1.{leaf}"].split((width, width, width, config.mlp_hidden_size))
+            result |= {f"{theirs}.{name}.{leaf}": part for name, part in zip(names, parts, strict=True)}
+        for letter, name in (("q", "query"), ("k", "key")):
+            result[f"{theirs}.attn.norm_{letter}.weight"] = state[f"{ours}.norm.{name}_norm.scale"]
+    for leaf in ("weight", "bias"):
+        result |= {f"{theirs}.{leaf}": state[f"{ours}.{leaf}"] for ours, theirs in plain.items()}
+        shift, scale = state[f"final_layer.adaLN_modulation.1.{leaf}"].chunk(2)
+        result[f"norm_out.linear.{leaf}"] = torch.cat((scale, shift))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("grid", "text", "depths"), [((1, 4, 3), 5, (2, 2)), ((3, 2, 5), 1, (1, 3)), ((2, 1, 1), 9, (3, 0))]
+)
+@torch.no_grad()
+def test_flux_layout_is_the_flux_of_diffusers(grid: tuple[int, int, int], text: int, depths: tuple[int, int]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    changes = {"guidance_embed": True, "fused_qkv": True, "use_liger_rope": False}
+    model = make_model(depth=depths[0], depth_single_blocks=depths[1], **changes).double()
+    theirs = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=depths[0], num_single_layers=depths[1], attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=20, pooled_projection_dim=12, guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).double()  # fmt: skip
+    theirs.load_state_dict(flux_state(model.state_dict(), model.config))
+    inputs = make_inputs(model.config, grid=grid, text=text)
+    names = {"img": "hidden_states", "txt": "encoder_hidden_states", "y_vec": "pooled_projections"}
+    wanted = theirs(
+        **{theirs: inputs[ours].double() for ours, theirs in names.items()},
+        timestep=inputs["timesteps"], guidance=inputs["guidance"], img_ids=inputs["img_ids"],
+        txt_ids=inputs["txt_ids"], return_dict=False,
+    )[0]  # fmt: skip
+    # diffusers makes sinusoids in float32 whatever the model's dtype; float32 timesteps make us do the same
+    ours = model(**{name: t.double() if name in names else t for name, t in inputs.items()})
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
 # What the model is invariant to
 
 
@@ -221,6 +290,17 @@ def test_every_parameter_has_a_gradient() -> None:
         model = make_model(name, **changes)
         grads = gradients(model, make_inputs(model.config))
         assert not [key for key, grad in grads.items() if grad is None or not grad.any()]
+
+
+def test_training_compiles_as_one_graph() -> None:
+    model = make_model("tiny_i2v", depth=1, depth_single_blocks=1)
+    inputs = make_inputs(model.config)
+    wanted, output = model(**inputs), torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(output, wanted)
+    parameters = list(model.parameters())
+    eager = torch.autograd.grad(wanted.square().mean(), parameters)
+    for a, b in zip(torch.autograd.grad(output.square().mean(), parameters), eager, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # Files

@@ -353,7 +353,10 @@ def _meta_model(model: Model, values: Mapping[str, Any] | None, names: Sequence[
     cls = model.model_class(name)
     if name in model.aliases or (name is None and hasattr(cls.config_class, "from_original")):
         read = getattr(cls.config_class, model.aliases.get(str(name), "from_original"))
-        config = read({k: v for k, v in values.get("predictor", values).items() if not k.startswith("_")})
+        inner = values.get("predictor", values)  # a model JSON of MindSpeed-MM describes encoders beside it
+        if not isinstance(inner, Mapping):
+            raise ValueError(f"predictor must be an object, got {type(inner).__name__}")
+        config = read({k: v for k, v in inner.items() if not k.startswith("_")})
     else:
         config = loading.load(cls.config_class, {k: v for k, v in values.items() if not k.startswith("_")})
     with torch.device("meta"):

@@ -322,36 +322,48 @@ def read_layerzero(folder: Path, *, ema: bool = False) -> State:
     for file, content in zip(files, contents, strict=True):
         if not isinstance(content.get(key), Mapping):
             raise ValueError(f"{file.path} must hold weights under {key!r}, got {', '.join(map(str, content))[:200]}")
-        parallel = content.get("parallel_state") or {}
+        parallel = _record(file, content, "parallel_state")
         for what in ("tp", "pp"):
             if parallel.get(f"{what}_degree", 1) != 1:
                 raise ValueError(f"{file.path}: {what}_degree must be 1, got {parallel[f'{what}_degree']}")
     ranks = [
-        (content.get("parallel_state") or {}).get("global_rank", r)
-        for content, (r, _) in zip(contents, found, strict=True)
+        _record(file, file.content(), "parallel_state").get("global_rank", number)
+        for file, (number, _) in zip(files, found, strict=True)
     ]
-    if sorted(ranks) != list(range(len(ranks))):
-        raise ValueError(f"{folder} must hold ranks 0 to {max(ranks)}, got {sorted(ranks)}")
+    if set(ranks) != set(range(len(ranks))):
+        raise ValueError(f"{folder} must hold the ranks 0, 1, ... once each, got {ranks[:SHOWN]}")
     order = sorted(range(len(files)), key=lambda i: ranks[i])
     states = [files[i].state(key) for i in order]
     places = [files[i].path.name for i in order]
     for state, place in zip(states, places, strict=True):
         if other := sorted(state.keys() ^ states[0].keys()):
             raise ValueError(f"{folder}: {place} and {places[0]} must hold the same names, differ in {other[:SHOWN]}")
-    records = {str(n): r for n, r in (contents[order[0]].get("shard_state_dict") or {}).items()}
+    records = _record(files[order[0]], contents[order[0]], "shard_state_dict")
     result: State = {}
     for name in states[0]:
         clean = WRAPPER.sub(r"\1", name).replace("..", ".").lstrip(".")
         parts = [state[name] for state in states]
-        shape = _record_shape(records.get(clean, records.get(name)))
+        shape = _record_shape(records.get(clean, records.get(name)), f"{places[0]}, {name}")
         if not _is_extra(name):
             result[clean] = _unflatten(parts, shape, name, places, str(folder))
     return result
 
 
-def _record_shape(record: Any) -> tuple[int, ...] | None:
-    shape = record.get("shape") if isinstance(record, Mapping) else getattr(record, "shape", record)
-    return None if shape is None else tuple(int(size) for size in shape)
+def _record(file: TorchFile, content: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{file.path}: {key} must be a map, got {type(found).__name__}")
+    return found
+
+
+def _record_shape(record: Any, what: str) -> tuple[int, ...] | None:
+    """The shape in a shard's record, which is an object of the trainer or a map; None where there is no record."""
+    if record is None:
+        return None
+    shape = record.get("shape") if isinstance(record, Mapping) else getattr(record, "shape", None)
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"{what}: its record must have a shape, got {shape!r}")
+    return tuple(shape)
 
 
 def _unflatten(parts: list[Lazy], shape: tuple[int, ...] | None, name: str, places: Sequence[str], what: str) -> Lazy:

@@ -127,16 +127,14 @@ def inference_condition(
 
 
 def placements(cond_type: str, clips: Sequence[Tensor], frames: int, causal: bool) -> list[tuple[slice, Tensor]]:
-    """Where in a latent of so many frames which part of the encoded clips goes."""
-    counts = [given_frames(cond_type, causal=causal)]
+    """Where in a latent of so many frames which part of the encoded clips goes; in a short one, everywhere."""
+    counts = [min(given_frames(cond_type, causal=causal), frames)]
     if cond_type.endswith("easy"):  # a reference that was too short for it
-        counts.append(given_frames(cond_type.removesuffix("_easy"), causal=causal))
-    available = min(clips[0].shape[1], frames)
-    fitting = [count for count in counts if count <= available]
+        counts.append(min(given_frames(cond_type.removesuffix("_easy"), causal=causal), frames))
+    fitting = [count for count in counts if count <= clips[0].shape[1]]
     if not fitting:
         raise ValueError(
-            f"inference_condition: {cond_type} needs {counts[-1]} latent frames, of which the reference has "
-            f"{clips[0].shape[1]} and the video {frames}"
+            f"inference_condition: {cond_type} needs {counts[-1]} latent frames, the reference has {clips[0].shape[1]}"
         )
     count = fitting[0]
     head, tail = slice(0, count), slice(frames - count, frames)

@@ -53,7 +53,8 @@ def flash_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own CPU kernel. Rows that see no key need a mask, and so do not come here."""
-    grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
+    # It takes head_dim to have stride 1 and does not look: other strides give wrong gradients without a word.
+    grad, q, k, v, out = ((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (grad, q, k, v, out))
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, False, scale=softmax_scale(q, scale)
     )

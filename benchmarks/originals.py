@@ -57,7 +57,7 @@ def relative_error(original: Any, ours: Any) -> float:
     """Largest ``|original - ours| / |ours|`` over the results, as vectors; what the original lacks does not count."""
     errors = [0.0]
     for a, b in zip(_results(original), _results(ours), strict=True):
-        if a is not None and a.numel():
+        if a is not None and b is not None and a.numel():
             errors.append(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item())
     return float(torch.tensor(errors).max())  # unlike max(), sees NaN
 

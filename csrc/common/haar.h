@@ -7,6 +7,7 @@
 #include <c10/util/Unroll.h>
 
 #include "common/pack.h"
+#include "common/stream.h"
 
 namespace vidgen {
 namespace CPU_CAPABILITY {
@@ -66,6 +67,25 @@ struct Access {
   }
 };
 
+#ifdef __AVX512BF16__
+// Neighbours are parted where they are loaded, pairs stay in order.
+template <>
+struct Access<at::BFloat16> {
+  static Lanes load(const at::BFloat16* from) {
+    const auto wide = at::vec::convert<float, 2, at::BFloat16, 1>(at::vec::VectorizedN<at::BFloat16, 1>::loadu(from));
+    return {wide[0], wide[1]};
+  }
+  static void store(at::BFloat16* to, const Lanes& value) { narrowed(value.a, value.b).store(to); }
+  static Pairs split(const at::BFloat16* from) {
+    const auto left = part(Words::loadu(from)), right = part(Words::loadu(from + kPairs));
+    return {{left.low, right.low}, {left.high, right.high}};
+  }
+  static void join(at::BFloat16* to, const Lanes& first, const Lanes& second) {
+    CPU_CAPABILITY::join(first.a, second.a).store(to);
+    CPU_CAPABILITY::join(first.b, second.b).store(to + kPairs);
+  }
+};
+#else
 // Of neighbours as pack.h parts them, the first of each two travels in lanes a, the second in lanes b.
 template <>
 struct Access<at::BFloat16> {
@@ -75,29 +95,35 @@ struct Access<at::BFloat16> {
   }
 
   static Lanes load(const at::BFloat16* from) { return widen(Words::loadu(from)); }
-  static void store(at::BFloat16* to, const Lanes& value) { vidgen::CPU_CAPABILITY::join(value.a, value.b).store(to); }
+  static void store(at::BFloat16* to, const Lanes& value) { CPU_CAPABILITY::join(value.a, value.b).store(to); }
   static Pairs split(const at::BFloat16* from) {
     const auto [a, b] = at::vec::deinterleave2(Floats::loadu(from), Floats::loadu(from + kPairs));
     const Lanes even = widen(at::vec::cast<int32_t>(a)), odd = widen(at::vec::cast<int32_t>(b));
     return {{even.a, odd.a}, {even.b, odd.b}};
   }
   static void join(at::BFloat16* to, const Lanes& first, const Lanes& second) {
-    const Words even = vidgen::CPU_CAPABILITY::join(first.a, second.a),
-                odd = vidgen::CPU_CAPABILITY::join(first.b, second.b);
+    const Words even = CPU_CAPABILITY::join(first.a, second.a), odd = CPU_CAPABILITY::join(first.b, second.b);
     const auto [a, b] = at::vec::interleave2(at::vec::cast<float>(even), at::vec::cast<float>(odd));
     a.store(to);
     b.store(to + kPairs);
   }
 };
+#endif
 
 template <typename T>
 Lanes load_band(const T* from, WholePairs) {
   return Access<T>::load(from);
 }
 
-template <typename T>
+template <bool streamed, typename T>
 void store_band(T* to, const Lanes& value, WholePairs) {
-  Access<T>::store(to, value);
+  if constexpr (streamed) {
+    alignas(kLine) T band[kPairs];
+    Access<T>::store(band, value);
+    stream_copy<kPairs>(to, band);
+  } else {
+    Access<T>::store(to, value);
+  }
 }
 
 template <typename T>
@@ -118,7 +144,7 @@ Lanes load_band(const T* from, int64_t count) {
   return Access<T>::load(padded);
 }
 
-template <typename T>
+template <bool streamed, typename T>
 void store_band(T* to, const Lanes& value, int64_t count) {
   T padded[kPairs];
   Access<T>::store(padded, value);
@@ -165,7 +191,7 @@ C10_ALWAYS_INLINE void butterfly(Lanes (&x)[4]) {
 
 // `rows` rows of 2 * pairs elements to the bands bands[c][r]: c, difference along the row; r, differences over the bits
 // of the row's number. Unrolled by templates: loops unrolled later would leave the values in memory.
-template <int rows, typename T>
+template <int rows, bool streamed = false, typename T>
 void analyse_rows(T* const (&bands)[2][rows], const T* const (&from)[rows], int64_t pairs, float filter_constant) {
   const Floats constant(filter_constant);
   each_pairs(pairs, [&](int64_t p, auto count) C10_ALWAYS_INLINE_ATTRIBUTE {
@@ -178,8 +204,8 @@ void analyse_rows(T* const (&bands)[2][rows], const T* const (&from)[rows], int6
     butterfly(sums);
     butterfly(differences);
     c10::ForcedUnroll<rows>{}([&](auto r) {
-      store_band(bands[0][r] + p, sums[r] * constant, count);
-      store_band(bands[1][r] + p, differences[r] * constant, count);
+      store_band<streamed>(bands[0][r] + p, sums[r] * constant, count);
+      store_band<streamed>(bands[1][r] + p, differences[r] * constant, count);
     });
   });
 }
@@ -204,15 +230,22 @@ void synthesise_rows(T* const (&to)[rows], const T* const (&bands)[2][rows], int
   });
 }
 
-// Calls f(b, c, t, h) for every row of one band, in parallel; `bytes`: what one call reads and writes.
-template <typename F>
-void each_band_row(int64_t batch, int64_t channels, int64_t frames, int64_t height, int64_t bytes, F f) {
+// Calls f(b, c, t, h) for every row of one band, in parallel, and done() behind those of each thread; `bytes`: what
+// one call reads and writes.
+template <typename F, typename End>
+void each_band_row(int64_t batch, int64_t channels, int64_t frames, int64_t height, int64_t bytes, F f, End done) {
   const int64_t grain = std::max<int64_t>(1, 32768 / bytes);
   at::parallel_for(0, batch * channels * frames * height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       f(i / height / frames / channels, i / height / frames % channels, i / height % frames, i % height);
     }
+    done();
   });
+}
+
+template <typename F>
+void each_band_row(int64_t batch, int64_t channels, int64_t frames, int64_t height, int64_t bytes, F f) {
+  each_band_row(batch, channels, frames, height, bytes, f, [] {});
 }
 
 }  // namespace

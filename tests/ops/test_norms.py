@@ -54,6 +54,22 @@ def test_gated_residual_rounds_as_eager_does_to_the_bit(dtype):
     torch.testing.assert_close(ops.gated_residual(x, gate, y), eager, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_results_that_go_past_the_caches(dtype, native):
+    sequence = (12 << 20) // (1024 * torch.finfo(dtype).bits // 8)  # 12 MiB a tensor
+    x, y = (torch.randn(2, sequence // 2, 1024).to(dtype) for _ in range(2))
+    gate = torch.randn(2, 1024).to(dtype)
+    eager = (x.float() + gate[:, None].float() * y.float()).to(dtype)
+    native.guard_outputs(True)
+    try:
+        assert torch.equal(ops.gated_residual(x, gate, y), eager) and native.count_damaged_guards() == 0
+    finally:
+        native.guard_outputs(False)
+    offset = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape)  # no cache line begins here
+    assert torch.equal(ops.gated_residual(x, gate, y, out=offset), eager)
+    assert torch.equal(ops.gated_residual(x, gate, y, out=x), eager)
+
+
 @pytest.mark.parametrize("channels", [5, 70, 128])
 def test_rows_may_be_overwritten(channels):
     x, y = (torch.randn(2, 9, channels) for _ in range(2))

@@ -25,16 +25,23 @@ void haar_3d(const at::Tensor& out, const at::Tensor& x, double filter_constant,
   VIDGEN_DISPATCH_FLOATS(x.scalar_type(), "haar_3d", [&] {
     scalar_t* bands = out.mutable_data_ptr<scalar_t>();
     const scalar_t* video = x.const_data_ptr<scalar_t>();
-    each_band_row(x.size(0), channels, frames, height, 16 * width * sizeof(scalar_t),
-                  [&](int64_t b, int64_t c, int64_t t, int64_t h) {
-                    const int64_t earlier = repeat_first_frame ? std::max<int64_t>(2 * t - 1, 0) : 2 * t;
-                    const int64_t later = repeat_first_frame ? 2 * t : 2 * t + 1;
-                    const scalar_t* rows = video + b * x.stride(0) + c * x.stride(1) + 2 * h * x.stride(3);
-                    const scalar_t *first = rows + earlier * x.stride(2), *second = rows + later * x.stride(2);
-                    const BandRows to(bands + ((b * 8 * channels + c) * frames + t) * plane + h * width, step);
-                    analyse_rows<4>(to.rows, {first, first + x.stride(3), second, second + x.stride(3)}, width,
-                                    static_cast<float>(filter_constant));
-                  });
+    const auto analyse = [&](int64_t b, int64_t c, int64_t t, int64_t h, auto streamed) {
+      const int64_t earlier = repeat_first_frame ? std::max<int64_t>(2 * t - 1, 0) : 2 * t;
+      const int64_t later = repeat_first_frame ? 2 * t : 2 * t + 1;
+      const scalar_t* rows = video + b * x.stride(0) + c * x.stride(1) + 2 * h * x.stride(3);
+      const scalar_t *first = rows + earlier * x.stride(2), *second = rows + later * x.stride(2);
+      const BandRows to(bands + ((b * 8 * channels + c) * frames + t) * plane + h * width, step);
+      analyse_rows<4, streamed.value>(to.rows, {first, first + x.stride(3), second, second + x.stride(3)}, width,
+                                      static_cast<float>(filter_constant));
+    };
+    const int64_t row_bytes = 16 * width * sizeof(scalar_t);
+    if (should_stream(bands, width, kPairs, x.nbytes() + out.nbytes())) {
+      const auto row = [&](int64_t b, int64_t c, int64_t t, int64_t h) { analyse(b, c, t, h, std::true_type{}); };
+      each_band_row(x.size(0), channels, frames, height, row_bytes, row, end_stream);
+    } else {
+      const auto row = [&](int64_t b, int64_t c, int64_t t, int64_t h) { analyse(b, c, t, h, std::false_type{}); };
+      each_band_row(x.size(0), channels, frames, height, row_bytes, row);
+    }
   });
 }
 

@@ -177,11 +177,13 @@ def attention(
     inner: int = 1,
     relative: bool = False,
     strided: bool = False,
+    dtype: str = "float32",
     **parallel: Any,
 ) -> Errors:
     """``mode`` is ulysses, ring, ulysses_inner or ring_inner; ``inner`` the size of the inner group of the latter."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
+    kinds: dict[str, Any] = {"text": text, "text_queries": text_queries, "masked": masked}
+    problem = draw_problem(1, *shape, **kinds, dtype=getattr(torch, dtype))
     sizes = sizes or cp.shard_sizes(shape[1], ranks, 1 if mode == "ulysses" else cp.skiparse_multiple([sparse_n]))
     text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
     parallel.update(sizes=sizes if tell_sizes else None, text_sizes=text_sizes)
@@ -211,9 +213,11 @@ def group_parallel(
     text_queries: bool = True,
     masked: bool = False,
     strided: bool = False,
+    dtype: str = "float32",
 ) -> Errors:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
+    kinds: dict[str, Any] = {"text": text, "text_queries": text_queries, "masked": masked}
+    problem = draw_problem(1, *shape, **kinds, dtype=getattr(torch, dtype))
     placement = cp.Groups(shape[1], sparse_n, pattern, ranks)
 
     def attend(*, q: Tensor, k: Tensor, v: Tensor, sparse_n: int, pattern: str, **own: Any) -> Any:
@@ -222,6 +226,16 @@ def group_parallel(
     tokens = [placement.tokens(rank) for rank in range(ranks)]
     options = {"sparse_n": sparse_n, "pattern": pattern, "strided": strided}
     return compare(group, attend, problem, tokens, None, rank, **options)
+
+
+def text_of_groups(group: Group, sparse_n: int) -> list[float]:
+    """The text's result of group parallelism in bfloat16."""
+    random = torch.Generator().manual_seed(1)
+    placement = cp.Groups(40, sparse_n, "group", dist.get_world_size(group))
+    q, text = (torch.randn(1, n, 3, 8, generator=random).bfloat16() for n in (40, 5))
+    q = q[:, placement.tokens(dist.get_rank(group))]
+    _, out = cp.skiparse_group_parallel(q, q, q, placement, group, text_q=text, text_k=text, text_v=text)
+    return out.flatten().tolist()
 
 
 def layers(group: Group, tokens: int, ratios: list[int], text: int, masked: bool = False) -> Errors:

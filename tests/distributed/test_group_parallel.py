@@ -39,6 +39,12 @@ def test_any_strides(pool: Pool) -> None:
     require_equal(pool.run("group_parallel", 3, pattern="group", strided=True, **CASES["odd tokens"]))
 
 
+@pytest.mark.parametrize("sparse_n", [2, 4])
+def test_text_has_the_same_bits_on_all_ranks(pool: Pool, sparse_n: int) -> None:
+    first, *others = pool.run("text_of_groups", 4, sparse_n=sparse_n)
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("ratios", [[4, 4, 4], [1, 2, 4, 2, 1]])
 def test_stream_moves_between_layers(pool: Pool, ratios: list[int], ranks: int) -> None:

@@ -7,6 +7,7 @@ All ranks draw the same whole problem, solve it alone, solve their part of it to
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -482,6 +483,20 @@ def volume(
     with Counted(group) as backward:
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
     return forward.bytes, backward.bytes, forward.calls
+
+
+def documentation(group: Group, page: str) -> list[tuple[int, ...]]:
+    """Run the Python of docs/context_parallel.md on 64 tokens; returns the last shapes of x, out and text."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    near, far = grid(group, 2)
+    names: dict[str, Any] = {name: torch.randn(1, 16, 3, 4) for name in "qkv"}
+    names.update({f"text_{name}": torch.randn(1, 5, 3, 4) for name in "qkv"})
+    names.update(tokens=torch.randn(1, 64, 12), mask=torch.ones(1, 64, dtype=torch.bool), num_tokens=64)
+    names.update(cos=torch.randn(64, 4), sin=torch.randn(64, 4), rank=rank, ranks=ranks)
+    names.update(group=group, process_group=group, ulysses_group=near, ring_group=far)
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    return [tuple(names[name].shape) for name in ("x", "out", "text")]
 
 
 # Refusals

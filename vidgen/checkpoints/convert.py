@@ -156,7 +156,7 @@ def convert(
         tp, stages: how a tree is cut: number of tensor-parallel ranks, and blocks of each chunk as ``[chunk][stage]``.
         ema: see :func:`vidgen.checkpoints.sources.open_source`.
         iteration: of a tree.
-        lora: adapters to add to the weights: a file, a folder, or a tree cut like ``source``.
+        lora: adapters to add to the weights: a file, a folder, or a tree.
         lora_alpha: their alpha; default: what the folder's ``adapter_config.json`` says.
         max_shard_bytes: of a file in a folder.
 

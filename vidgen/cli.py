@@ -126,7 +126,9 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clip", type=Path, metavar="CLIP", help="a video file")
     parser.add_argument("--vae", type=Path, required=True, metavar="FOLDER", help="VAE, or the run that trained it")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default outputs")
-    parser.add_argument("--frames", type=int, default=17, metavar="N", help="8n+1 (default 17)")
+    parser.add_argument(
+        "--frames", type=int, default=17, metavar="N", help="4n+1 or 8n+1, as the VAE wants (default 17)"
+    )
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first frame (default 0)")
     parser.add_argument("--height", type=int, metavar="N", help="default: the clip's, cut to a multiple of 8")
     parser.add_argument("--width", type=int, metavar="N", help="default: the clip's, cut to a multiple of 8")
@@ -181,7 +183,8 @@ def _sample(options: argparse.Namespace) -> int:
     requests = with_references(requests, [*options.image, *options.video], listed)
     names = SampleSettings.__dataclass_fields__
     values = {name: value for name, value in vars(options).items() if name in names}
-    settings = SampleSettings(**values, **_oscillations(options.oscillation))
+    values |= _oscillations(options.oscillation)
+    settings = SampleSettings(**values)
     if options.dry_run:
         _print(describe_sample(options.model, settings, requests))
         return 0

@@ -114,6 +114,31 @@ def test_tables_of_positions(tiny, tmp_path: Path, preset: str, kept: bool) -> N
     assert not any("freqs" in name for name in load(tmp_path / "theirs.pt"))
 
 
+def test_sats_file_without_its_folder(tiny, same, tmp_path: Path) -> None:
+    folder, state = tiny("cogvideox")
+    convert(folder, tmp_path / "sat", "sat")
+    assert (tmp_path / "sat/latest").read_text() == "1"
+    for name, source in (("a", tmp_path / "sat" / SAT_FILE), ("b", tmp_path / "sat/1")):
+        convert(source, tmp_path / f"{name}.pt", "pt")
+        assert same(load(tmp_path / f"{name}.pt"), state)
+
+
+def test_a_model_json_of_the_trainer_is_a_configuration(tiny, same, tmp_path: Path) -> None:
+    from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
+
+    folder, state = tiny("opensora_plan_v1_5")
+    values = json.loads((folder / "config.json").read_text())
+    del values["_class_name"], values["norm_cls"]
+    model_json = {"ae": {"model_id": "wfvae"}, "predictor": {"model_id": "SparseUMMDiT", "dropout": 0.0, **values}}
+    io.write_json(tmp_path / "model.json", model_json)
+    save_file(state, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "folder", "hf", config=tmp_path / "model.json")
+    assert same(dict(SparseUMMDiT.from_pretrained(tmp_path / "folder").state_dict()), state)
+    io.write_json(tmp_path / "model.json", {"predictor": 3})
+    with pytest.raises(ValueError, match="predictor must be an object, got int"):
+        convert(tmp_path / "a.safetensors", tmp_path / "x", "hf", config=tmp_path / "model.json")
+
+
 def test_patches_in_the_rank_that_the_model_has(tiny, same, tmp_path: Path) -> None:
     folder, state = tiny("cogvideox", "tiny-5b")
     flat = {**state, "patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
@@ -170,8 +195,12 @@ def test_vaes(same, tmp_path: Path, kind: str) -> None:
     convert(tmp_path / "one.safetensors", tmp_path / "one.pt", "pt", config=config)
     convert(tmp_path / "one.pt", tmp_path / "again", "hf", config=config)
     assert same(dict(type(model).from_pretrained(tmp_path / "again").state_dict()), state)
-    with pytest.raises(ValueError, match="checked with its configuration"):
-        convert(tmp_path / "one.pt", tmp_path / "x.pt", "pt")
+    if kind == "wfvae":  # its weights tell the configuration
+        convert(tmp_path / "one.pt", tmp_path / "told", "hf")
+        assert type(model).from_pretrained(tmp_path / "told").config == model.config
+    else:
+        with pytest.raises(ValueError, match="checked with its configuration"):
+            convert(tmp_path / "one.pt", tmp_path / "x.pt", "pt")
     with pytest.raises(ValueError, match=f"{kind} cannot be written as mindspeed-mm"):
         convert(tmp_path / "folder", tmp_path / "tree", "mindspeed-mm")
     del state[next(name for name in state if name.startswith("decoder.conv_out.") and name.endswith("bias"))]

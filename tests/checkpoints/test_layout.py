@@ -2,6 +2,7 @@
 """Tables of names: every released model fits its own, and what does not fit is named."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,19 @@ def test_options_are_whole_or_absent() -> None:
     state = small()
     del state["head.one"]
     assert "1 missing:\n    head.one" in complaints(state)
+
+
+def test_numbers_that_count_nothing() -> None:
+    state = small()
+    state["blocks.999999999999.up.weight"] = state["blocks.0.up.weight"]
+    assert "1 unexpected:\n    blocks.999999999999.up.weight" in complaints(state)
+
+
+def test_a_table_says_where_everything_lies() -> None:
+    table = MODELS["cogvideox"].layout("mindspeed-mm")
+    for first in (("time_embed.",), (*table.first, "norm_out.")):
+        with pytest.raises(ValueError, match="must lie in a block, on the first or on the last stage"):
+            replace(table, first=first)
 
 
 def test_last_block_of_v1_5_may_lack_its_text_outputs(tiny) -> None:

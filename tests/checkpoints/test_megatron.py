@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vidgen.checkpoints import megatron
@@ -113,6 +114,30 @@ def test_the_original_of_v1_5_trains_in_our_names(tiny, same, tmp_path: Path) ->
     assert same(dict(SparseUMMDiT.from_pretrained(tmp_path / "folder").state_dict()), state)
 
 
+def test_the_stored_shards_of_v1_5(same, tmp_path: Path) -> None:
+    """Shards of the original on two ranks, their running average, and what the original merged them to."""
+    file = Path(__file__).parents[1] / "data/golden/opensora_plan_v1_5/checkpoint_tp_merge.safetensors"
+    tensors = load_file(file)
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    shards = [group(f"in/shard{rank}/") for rank in (0, 1)]
+    for rank, shard in enumerate(shards):
+        path = tmp_path / f"run/iter_0000010/mp_rank_0{rank}/model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        weights = {name: t * 2 for name, t in shard.items()}
+        torch.save({"iteration": 10, "model": weights, "ema_model": shard | {"norm_final._extra_state": None}}, path)
+    convert(tmp_path / "run", tmp_path / "model_ema.pt", "pt", ema=True)
+    merged = load(tmp_path / "model_ema.pt")
+    assert same(merged, group("out/merged/"))
+    convert(tmp_path / "run", tmp_path / "model.pt", "pt")
+    assert same(load(tmp_path / "model.pt"), {name: t * 2 for name, t in merged.items()})
+    convert(tmp_path / "model_ema.pt", tmp_path / "tree", "megatron", tp=2)
+    for rank, shard in enumerate(shards):
+        assert same(load(rank_file(tmp_path / "tree", f"mp_rank_0{rank}"))["model"], shard)
+
+
 # Finding an iteration
 
 
@@ -203,6 +228,8 @@ def test_shards_that_are_not_there(tree: Path) -> None:
     assert "lacks model_optim_rng.pt of 1 shards: mp_rank_01_000" in refusal(tree)
     rank_file(tree, "mp_rank_01_000").parent.rmdir()
     assert "lacks model_optim_rng.pt of 1 shards: mp_rank_01_000" in refusal(tree)
+    (tree / "release/mp_rank_99999999_9999999").mkdir()
+    assert "of 999999999999997 shards: mp_rank_00_002, mp_rank_00_003" in refusal(tree)
 
 
 def test_ranks_with_other_names(tree: Path) -> None:
@@ -226,6 +253,10 @@ def test_blocks_that_are_counted_through(tree: Path) -> None:
     for rank in ("mp_rank_00_001", "mp_rank_01_001"):
         edit(rank_file(tree, rank), lambda c: c.update({"model": {shift(k): v for k, v in c["model"].items()}}))
     assert "blocks of a shard must be counted from 0, missing: videodit_sparse_blocks.0" in refusal(tree)
+    far = "videodit_sparse_blocks.99999999999.scale_shift_table"
+    for rank in ("mp_rank_00_001", "mp_rank_01_001"):
+        edit(rank_file(tree, rank), lambda c: c["model"].update({far: torch.zeros(1)}))
+    assert "blocks of a shard must be counted from 0" in refusal(tree)
 
 
 def shift(name: str) -> str:
@@ -335,6 +366,17 @@ def test_layerzero(tiny, same, tmp_path: Path, ranks: int, group: int) -> None:
     assert same(load(tmp_path / "ema.pt"), {name: t * 2 for name, t in state.items()})
     convert(tmp_path / "run", tmp_path / "tree", "mindspeed-mm")
     assert load(rank_file(tmp_path / "tree")).keys() == {"model"}
+
+
+def test_layerzero_ranks_are_those_that_files_say(tiny, same, tmp_path: Path) -> None:
+    _, state = tiny("cogvideox")
+    run = tmp_path / "run"
+    run.mkdir()
+    write_layerzero(run, state_in_theirs("cogvideox", state), 3, 3)
+    for before, after in (("0", "x"), ("2", "0"), ("x", "2")):
+        (run / f"model_{before}.pt").rename(run / f"model_{after}.pt")
+    convert(run, tmp_path / "one.pt", "pt")
+    assert same(load(tmp_path / "one.pt"), state)
 
 
 def state_in_theirs(system: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

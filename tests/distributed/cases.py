@@ -7,6 +7,7 @@ All ranks draw the same whole problem, solve it alone, solve their part of it to
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -177,11 +178,13 @@ def attention(
     inner: int = 1,
     relative: bool = False,
     strided: bool = False,
+    dtype: str = "float32",
     **parallel: Any,
 ) -> Errors:
     """``mode`` is ulysses, ring, ulysses_inner or ring_inner; ``inner`` the size of the inner group of the latter."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
+    kinds: dict[str, Any] = {"text": text, "text_queries": text_queries, "masked": masked}
+    problem = draw_problem(1, *shape, **kinds, dtype=getattr(torch, dtype))
     sizes = sizes or cp.shard_sizes(shape[1], ranks, 1 if mode == "ulysses" else cp.skiparse_multiple([sparse_n]))
     text_sizes = cp.shard_sizes(text, ranks) if shard_text else None
     parallel.update(sizes=sizes if tell_sizes else None, text_sizes=text_sizes)
@@ -211,9 +214,11 @@ def group_parallel(
     text_queries: bool = True,
     masked: bool = False,
     strided: bool = False,
+    dtype: str = "float32",
 ) -> Errors:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    problem = draw_problem(1, *shape, text=text, text_queries=text_queries, masked=masked)
+    kinds: dict[str, Any] = {"text": text, "text_queries": text_queries, "masked": masked}
+    problem = draw_problem(1, *shape, **kinds, dtype=getattr(torch, dtype))
     placement = cp.Groups(shape[1], sparse_n, pattern, ranks)
 
     def attend(*, q: Tensor, k: Tensor, v: Tensor, sparse_n: int, pattern: str, **own: Any) -> Any:
@@ -222,6 +227,16 @@ def group_parallel(
     tokens = [placement.tokens(rank) for rank in range(ranks)]
     options = {"sparse_n": sparse_n, "pattern": pattern, "strided": strided}
     return compare(group, attend, problem, tokens, None, rank, **options)
+
+
+def text_of_groups(group: Group, sparse_n: int) -> list[float]:
+    """The text's result of group parallelism in bfloat16."""
+    random = torch.Generator().manual_seed(1)
+    placement = cp.Groups(40, sparse_n, "group", dist.get_world_size(group))
+    q, text = (torch.randn(1, n, 3, 8, generator=random).bfloat16() for n in (40, 5))
+    q = q[:, placement.tokens(dist.get_rank(group))]
+    _, out = cp.skiparse_group_parallel(q, q, q, placement, group, text_q=text, text_k=text, text_v=text)
+    return out.flatten().tolist()
 
 
 def layers(group: Group, tokens: int, ratios: list[int], text: int, masked: bool = False) -> Errors:
@@ -468,6 +483,20 @@ def volume(
     with Counted(group) as backward:
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
     return forward.bytes, backward.bytes, forward.calls
+
+
+def documentation(group: Group, page: str) -> list[tuple[int, ...]]:
+    """Run the Python of docs/context_parallel.md on 64 tokens; returns the last shapes of x, out and text."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    near, far = grid(group, 2)
+    names: dict[str, Any] = {name: torch.randn(1, 16, 3, 4) for name in "qkv"}
+    names.update({f"text_{name}": torch.randn(1, 5, 3, 4) for name in "qkv"})
+    names.update(tokens=torch.randn(1, 64, 12), mask=torch.ones(1, 64, dtype=torch.bool), num_tokens=64)
+    names.update(cos=torch.randn(64, 4), sin=torch.randn(64, 4), rank=rank, ranks=ranks)
+    names.update(group=group, process_group=group, ulysses_group=near, ring_group=far)
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    return [tuple(names[name].shape) for name in ("x", "out", "text")]
 
 
 # Refusals

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ class Pool:
         for connection in self.connections[:ranks]:
             connection.send((case, ranks, arguments))
         replies = []
-        for rank, connection in enumerate(self.connections[:ranks]):
-            if not connection.poll(TIMEOUT_S + 30):
-                self.stop()
-                raise TimeoutError(f"{case} {arguments}: rank {rank} of {ranks} gave no answer")
-            replies.append(connection.recv())
+        for connection in self.connections[:ranks]:
+            try:
+                replies.append(connection.recv() if connection.poll(TIMEOUT_S + 30) else (False, "no answer"))
+            except EOFError:
+                replies.append((False, "the process has ended"))
         if failures := [f"rank {rank}: {reply}" for rank, (ok, reply) in enumerate(replies) if not ok]:
             self.stop()  # the group may be out of step
             raise AssertionError(f"{case} {arguments}\n" + "\n".join(failures))
@@ -48,15 +48,12 @@ class Pool:
         store = self.folder / f"store{self.starts}"
         package = Path(__file__).parents[2]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), *sys.path]), "OMP_NUM_THREADS": "1"}
-        with Listener(family="AF_UNIX") as listener:
-            for rank in range(self.world):
-                command = [sys.executable, __file__, str(listener.address), str(rank), str(self.world), str(store)]
-                self.processes.append(subprocess.Popen(command, env=environment))
-            arrived = {}
-            for _ in range(self.world):
-                connection = listener.accept()
-                arrived[connection.recv()] = connection
-        self.connections = [arrived[rank] for rank in range(self.world)]
+        for rank in range(self.world):
+            here, there = Pipe()
+            command = [sys.executable, __file__, str(there.fileno()), str(rank), str(self.world), str(store)]
+            self.processes.append(subprocess.Popen(command, env=environment, pass_fds=[there.fileno()]))
+            there.close()
+            self.connections.append(here)
 
     def stop(self) -> None:
         for connection in self.connections:
@@ -70,7 +67,7 @@ class Pool:
         self.processes, self.connections = [], []
 
 
-def serve(address: str, rank: int, world: int, store: str) -> None:
+def serve(descriptor: int, rank: int, world: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -82,20 +79,19 @@ def serve(address: str, rank: int, world: int, store: str) -> None:
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     cases.make_groups(world, timeout)
-    with Client(address) as connection:
-        connection.send(rank)
-        while True:
-            try:
-                case, ranks, arguments = connection.recv()
-            except EOFError:
-                break
-            try:
-                reply = True, getattr(cases, case)(cases.GROUPS[tuple(range(ranks))], **arguments)
-            except Exception:
-                reply = False, traceback.format_exc()
-            connection.send(reply)
+    connection: Connection[Any, Any] = Connection(descriptor)
+    while True:
+        try:
+            case, ranks, arguments = connection.recv()
+        except EOFError:
+            break
+        try:
+            reply = True, getattr(cases, case)(cases.GROUPS[tuple(range(ranks))], **arguments)
+        except Exception:
+            reply = False, traceback.format_exc()
+        connection.send(reply)
     os._exit(0)  # the others may be gone: nothing to say goodbye to
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    serve(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

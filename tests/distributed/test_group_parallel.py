@@ -39,6 +39,12 @@ def test_any_strides(pool: Pool) -> None:
     require_equal(pool.run("group_parallel", 3, pattern="group", strided=True, **CASES["odd tokens"]))
 
 
+@pytest.mark.parametrize("sparse_n", [2, 4])
+def test_text_has_the_same_bits_on_all_ranks(pool: Pool, sparse_n: int) -> None:
+    first, *others = pool.run("text_of_groups", 4, sparse_n=sparse_n)
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("ratios", [[4, 4, 4], [1, 2, 4, 2, 1]])
 def test_stream_moves_between_layers(pool: Pool, ratios: list[int], ranks: int) -> None:
@@ -98,17 +104,18 @@ def test_groups_send_a_quarter_of_ulysses(pool: Pool, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode, text, sparse_n, calls",
+    "mode, text, shard_text, sparse_n, calls",
     [
-        ("ulysses", 8, 1, 2),  # q, k and v in one, text with them
-        ("group", 0, 4, 1),  # the move; none inside attention
-        ("group", 8, 4, 3),  # the text's rows, summed and handed around
-        ("group", 0, 2, 3),  # two ranks share a group
-        ("ring", 0, 1, 3),
+        ("ulysses", 8, True, 1, 2),  # q, k and v in one, text with them
+        ("ulysses", 8, False, 1, 2),
+        ("group", 0, False, 4, 1),  # the move; none inside attention
+        ("group", 8, False, 4, 3),  # the text's rows, summed and handed around
+        ("group", 0, False, 2, 3),  # two ranks share a group
+        ("ring", 0, False, 1, 3),
     ],
 )
-def test_exchanges_of_a_layer(pool: Pool, mode: str, text: int, sparse_n: int, calls: int) -> None:
-    case = {"tokens": 64, "text": text, "sparse_n": sparse_n, "heads": 4, "dim": 4, "shard_text": mode == "ulysses"}
+def test_exchanges_of_a_layer(pool: Pool, mode: str, text: int, shard_text: bool, sparse_n: int, calls: int) -> None:
+    case = {"tokens": 64, "text": text, "sparse_n": sparse_n, "heads": 4, "dim": 4, "shard_text": shard_text}
     assert [reply[2] for reply in pool.run("volume", 4, mode=mode, **case)] == [calls] * 4
 
 

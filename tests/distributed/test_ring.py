@@ -67,6 +67,17 @@ def test_any_strides(pool: Pool, name: str, mode: str, inner: int) -> None:
     require_equal(pool, 4, mode=mode, inner=inner, strided=True, **CASES[name])
 
 
+@pytest.mark.parametrize("dtype, most", [("float64", 1e-12), ("bfloat16", 0.04), ("float16", 0.005)])
+@pytest.mark.parametrize("mode, inner", [("ulysses", 1), ("ring", 1), ("ulysses_inner", 2), ("groups", 1)])
+def test_other_dtypes(pool: Pool, mode: str, inner: int, dtype: str, most: float) -> None:
+    case = {"shape": (2, 34, 3, 8), "sparse_n": 4, "pattern": "group", "text": 5, "dtype": dtype}
+    if mode == "groups":
+        replies = pool.run("group_parallel", 4, **case)
+    else:
+        replies = pool.run("attention", 4, mode=mode, inner=inner, relative=True, **case)
+    assert max(error for errors in replies for error in errors.values()) <= most
+
+
 def test_more_queries_than_a_block_of_the_backward_pass(pool: Pool) -> None:
     require_equal(pool, 2, mode="ring", shape=(1, 2100, 1, 4), masked=True, relative=True)
 

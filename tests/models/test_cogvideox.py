@@ -187,6 +187,15 @@ def test_checkpointed_gradients_are_the_same() -> None:
     assert all(torch.equal(grads[0][key], grads[1][key]) for key in grads[0])
 
 
+def test_training_compiles_as_one_graph() -> None:
+    model = make_model("tiny-1.5-i2v", num_layers=1)
+    inputs = make_inputs(model.config, (2, 4, 4))
+    wanted, output = model(**inputs), torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-4)
+    output.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_bfloat16_stays_near_float32() -> None:
     model = make_model("tiny-1.5-i2v", std=0.08)
     inputs = make_inputs(model.config, (2, 6, 6))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,3 +61,27 @@ def test_bad_settings_are_named(model_folder, real_clip, tmp_path, name):
     settings, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         reconstruct(real_clip, model_folder / "vae", tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    "system, preset, frames, latent, refused",
+    [
+        ("opensora_plan_v1_3", "tiny", 13, [4, 4, 4, 6], "frames must be 4n\\+1, got 14"),
+        ("opensora_v2", "tiny", 5, [4, 2, 4, 6], "frames must be 4n\\+1, got 6"),
+        ("cogvideox", "tiny-5b", 9, [4, 3, 4, 6], "frames must be 8n\\+1, got 10"),
+    ],
+)
+def test_the_vae_of_every_system(make_model, real_clip, tmp_path, system, preset, frames, latent, refused):
+    vae = make_model(system, preset) / "vae"
+    settings = replace(SMALL, frames=frames)
+    facts = reconstruct(real_clip, vae, tmp_path, settings)
+    assert facts["latent_shape"] == latent and facts["video_shape"] == [3, frames, 32, 48]
+    with open_video(facts["video"]) as reader:
+        assert reader.num_frames == frames
+    with pytest.raises(ValueError, match=refused):
+        reconstruct(real_clip, vae, tmp_path, replace(settings, frames=frames + 1))
+
+
+def test_a_model_that_is_no_vae(model_folder, real_clip, tmp_path):
+    with pytest.raises(ValueError, match="wanted _class_name WFVAE.*got 'SparseUMMDiT'"):
+        reconstruct(real_clip, model_folder / "transformer", tmp_path, SMALL)

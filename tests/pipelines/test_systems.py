@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every system and task: from a model folder in the real layout to mp4, sheet and json."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,3 +285,87 @@ def test_command_line_with_prompt_and_image_files(make_model, files, tmp_path, m
     assert "given in 2 ways" in capsys.readouterr().err
     assert cli.main([*command, "--oscillation", "sound"]) == 2
     assert "some of text, image, temporal, or none, got sound" in capsys.readouterr().err
+
+
+def test_tokenizer_and_scheduler_in_folders_of_their_own(make_model, tmp_path):
+    """As diffusers lays a model out; its scheduler says by how much the signal-to-noise ratio is divided."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_model("cogvideox", "tiny-5b"), folder)
+    (folder / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "text_encoder" / name).rename(folder / "tokenizer" / name)
+    settings = SampleSettings(**{**SMALL, "frames": 9})
+
+    def sampled(name: str, **changes) -> torch.Tensor:
+        (result,) = sample_videos(folder, ["a cat"], tmp_path / name, replace(settings, **changes))
+        return frames(result["video"])
+
+    without, shifted = sampled("without"), sampled("shifted", shift=3.0)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"snr_shift_scale": 3.0}')
+    assert torch.equal(sampled("scheduler"), shifted) and not torch.equal(without, shifted)
+
+
+def test_one_model_at_a_time(make_model, files, monkeypatch, tmp_path):
+    """Encoders, VAE and transformer are gone when the next of them is loaded."""
+    system = text_to_video.SYSTEMS["opensora_v2"]
+    alive: list[weakref.ref] = []
+    order = []
+
+    def watched(name):
+        original = getattr(system, name)
+
+        def load(*arguments):
+            gc.collect()
+            assert [model() for model in alive if model() is not None] == [], name
+            loaded = original(*arguments)
+            order.append(name)
+            alive.extend(weakref.ref(model) for model in (loaded if isinstance(loaded, tuple) else (loaded,)))
+            return loaded
+
+        return load
+
+    for name in ("load_encoders", "load_vae", "load_transformer"):
+        monkeypatch.setattr(system, name, watched(name))
+    request = Request("a cat", (files["red"],))
+    settings = SampleSettings(**{**SMALL, "frames": 9})
+    sample_videos(make_model("opensora_v2", "tiny_i2v"), [request], tmp_path, settings)
+    assert order == ["load_encoders", "load_vae", "load_transformer", "load_vae"]
+
+
+@pytest.mark.parametrize("name", ["2.0 head", "2.0 loop", "2.0 tail"])
+def test_given_frames_come_back(make_model, files, monkeypatch, tmp_path, name):
+    """The latent of a given frame is in the sampled latent, and nowhere else."""
+    system, preset, changes, references, count = CASES[name]
+    seen = {}
+    for function in ("encode_references", "sample_all"):
+        original = getattr(text_to_video, function)
+
+        def noted(*arguments, original=original, function=function):
+            seen[function] = original(*arguments)
+            return seen[function]
+
+        monkeypatch.setattr(text_to_video, function, noted)
+    request = Request("a man", tuple(files[reference] for reference in references))
+    settings = SampleSettings(**{**SMALL, "frames": count, **changes})
+    sample_videos(make_model(system, preset), [request], tmp_path, settings)
+    given, latent = seen["encode_references"][0], seen["sample_all"][0][0]
+    places = {"2.0 head": [0], "2.0 tail": [2], "2.0 loop": [0, 2]}[name]
+    for place in range(3):
+        assert torch.equal(latent[:, :, place], given["masked_latent"][:, :, place]) == (place in places)
+
+
+GIVEN = {"1.3 i2v": [0], "1.3 transition": [0, 8], "1.3 continuation": [*range(8)], "1.3 clear": [*range(9)]}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_frames_that_version_1_3_is_given(make_model, files, name):
+    system, preset, changes, references, count = CASES[name]
+    request = Request("a man", tuple(files[reference] for reference in references))
+    settings = SampleSettings(**{**SMALL, "frames": count, **changes})
+    job = text_to_video.plan(make_model(system, preset), settings, [request])
+    video, mask = text_to_video.SYSTEMS[system].given_video(job, request, torch.Generator())
+    assert video.shape == (1, 3, count, 32, 48) and mask.shape == (1, 1, count, 1, 1)
+    assert [place for place in range(count) if mask[0, 0, place] == 0] == GIVEN[name]
+    black = (video == -1).all(1).flatten(2).all(2)[0]
+    assert [place for place in range(count) if not black[place]] == GIVEN[name]

@@ -152,11 +152,11 @@ def convert(
         dry_run: check and plan, write nothing.
         model: one of :data:`MODELS`; default: found from the names of tensors.
         config: a ``config.json`` of the model; default: the one in ``source``. Needed where ``to`` is "hf" or the model
-            is a VAE, and where it is known every name and shape is checked with the model itself.
+            is a VAE (but WFVAE, whose weights tell it); where it is known, names and shapes are checked with the model.
         tp, stages: how a tree is cut: number of tensor-parallel ranks, and blocks of each chunk as ``[chunk][stage]``.
         ema: see :func:`vidgen.checkpoints.sources.open_source`.
         iteration: of a tree.
-        lora: adapters to add to the weights: a file, a folder, or a tree cut like ``source``.
+        lora: adapters to add to the weights: a file, a folder, or a tree.
         lora_alpha: their alpha; default: what the folder's ``adapter_config.json`` says.
         max_shard_bytes: of a file in a folder.
 
@@ -482,6 +482,8 @@ def _plan_vae(
     name: str, source: Source, values: Mapping[str, Any] | None, network: PretrainedModel | None, wanted: Options
 ) -> tuple[State, list[File]]:
     """A VAE has no table: the model itself is what its tensors are compared with."""
+    from vidgen.models.autoencoders import wfvae_checkpoint
+
     allowed = ("hf", "safetensors", "pt", *(("sat",) if name == "cogvideox_vae" else ()))
     if wanted.to not in allowed:
         raise ValueError(f"{name} cannot be written as {wanted.to}: it has the forms {', '.join(allowed)}")
@@ -489,11 +491,15 @@ def _plan_vae(
         raise ValueError(f"{source.path} is a tree of training checkpoints; a {name} is kept in one file or folder")
     if wanted.lora is not None:
         raise ValueError(f"there are no adapters for {name}")
-    if network is None:
-        raise ValueError(f"a {name} is checked with its configuration, which is not here: give {CONFIG} with --config")
     known: Mapping[str, Any] = source.state
     if name == "wfvae":  # its constants are compared with ours, and filled in where an average lacks them
-        known = {key: t.load() for key, t in known.items()}
+        known = wfvae_checkpoint.convert_state_dict({key: t.load() for key, t in known.items()})
+        if network is None:
+            model = MODELS[name]
+            values = loading.to_dict(wfvae_checkpoint.infer_config(known))
+            network = _meta_model(model, {"_class_name": model.classes[0], **values}, [])
+    if network is None:
+        raise ValueError(f"a {name} is checked with its configuration, which is not here: give {CONFIG} with --config")
     found = type(network).convert_state_dict(known)
     state = _fitted({key: t if isinstance(t, Lazy) else lazy(t) for key, t in found.items()}, network)
     state = {key: t for key, t in state.items() if key in network.state_dict()}

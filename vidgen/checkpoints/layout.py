@@ -88,9 +88,6 @@ def linear(
     return rows
 
 
-norm = linear  # weight and bias of one axis
-
-
 @dataclass(frozen=True)
 class Layout:
     """A model in another system's names.
@@ -119,6 +116,13 @@ class Layout:
     ignored: tuple[str, ...] = ()
     suspicion: Callable[[Mapping[str, tuple[int, ...]]], str | None] = field(default=lambda shapes: None)
     refusal: Callable[[Any], str | None] = field(default=lambda config: None)
+
+    def __post_init__(self) -> None:
+        """Every tensor lies on some stage: a table that forgets one would lose it."""
+        for row in self.rows if self.blocks else ():
+            places = [row.theirs.startswith(start) for start in (self.blocks, *self.first, *self.last)]
+            if sum(places) != 1:
+                raise ValueError(f"{self.model}: {row.theirs} must lie in a block, on the first or on the last stage")
 
     @cached_property
     def _patterns(self) -> dict[Naming, dict[str, tuple[Row, int, str]]]:
@@ -197,6 +201,8 @@ class Layout:
             if (found := self.match(name, naming)) is None:
                 continue
             row, part, numbers = found
+            if any(number >= len(state) for number in numbers):  # no block without a tensor: these count nothing
+                continue
             groups.add(row.group)
             if numbers:
                 pattern = row.theirs if naming == "theirs" else row.parts[part].name

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,12 @@ def read_tree(folder: Path, *, ema: bool = False) -> Tree:
     if len(with_stage) > 1:
         raise ValueError(f"{folder} mixes mp_rank_TT and mp_rank_TT_PPP folders: which ones are the model?")
     num_ranks, num_stages = (max(key[i] for key in ranks) + 1 for i in (0, 1))
-    absent = [
-        rank_folder(t, p, 2 if True in with_stage else 1)
-        for t in range(num_ranks)
-        for p in range(num_stages)
-        if (t, p) not in ranks or not ranks[t, p].is_file()
-    ]
-    if absent:
-        raise ValueError(f"{folder} lacks {RANK_FILE} of {len(absent)} shards: {', '.join(absent[:SHOWN])}")
+    there = {key for key, path in ranks.items() if path.is_file()}
+    if count := num_ranks * num_stages - len(there):
+        every = ((t, p) for t in range(num_ranks) for p in range(num_stages))
+        absent = islice((key for key in every if key not in there), SHOWN)
+        words = ", ".join(rank_folder(t, p, 2 if True in with_stage else 1) for t, p in absent)
+        raise ValueError(f"{folder} lacks {RANK_FILE} of {count} shards: {words}")
     files = {key: TorchFile(path) for key, path in ranks.items()}
     counts = {key: _num_chunks(file, ema) for key, file in files.items()}
     if len(set(counts.values())) > 1:
@@ -268,7 +266,7 @@ def _check_blocks(state: State, layout: Layout, what: str) -> int:
     """The number of blocks in a chunk, which must be counted from 0."""
     blocks = {block for name in state if (block := layout.block_of(name)) is not None}
     if blocks != set(range(len(blocks))):
-        absent = sorted(set(range(max(blocks))) - blocks)
+        absent = [i for i in range(len(blocks)) if i not in blocks]
         words = ", ".join(f"{layout.blocks}{i}" for i in absent[:SHOWN])
         raise ValueError(f"{what}: blocks of a shard must be counted from 0, missing: {words}")
     return len(blocks)

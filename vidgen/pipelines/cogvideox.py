@@ -56,6 +56,12 @@ def is_image_model(config: CogVideoXConfig) -> bool:
     return config.in_channels == 2 * config.out_channels
 
 
+def video_factors(config: CogVideoXVAEConfig) -> tuple[int, int]:
+    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
+    # The decoder takes latent frames in pairs behind the first one, so that the video has a still at its beginning.
+    return 2 * config.temporal_compression_ratio, config.pixels_per_latent
+
+
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent that is sampled."""
     side = read_vae_config(needed(job.parts.vae)).pixels_per_latent
@@ -69,8 +75,8 @@ def kind(job: Job, request: Request) -> str:
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
     config, vae = model_config(job.parts), read_vae_config(needed(job.parts.vae))
-    # The decoder takes latent frames in pairs behind the first one, so that the video has a still at its beginning.
-    found = size_problems(job, 2 * vae.temporal_compression_ratio, config.patch_size * vae.pixels_per_latent)
+    step, side = video_factors(vae)
+    found = size_problems(job, step, config.patch_size * side, side)
     if job.settings.sampler not in (None, *SAMPLERS):
         found.append(f"sampler must be one of {', '.join(SAMPLERS)}, got {job.settings.sampler!r}")
     if config.use_learned_positional_embeddings and not found:
@@ -125,7 +131,7 @@ def conditioned(job: Job, request: Request) -> bool:
 def conditions(vae: AutoencoderKLCogVideoX, job: Job, request: Request, seed: int) -> dict[str, Tensor]:
     """The image's latent in the first frame and zeros in the others, ``(1, channels, frames, height, width)``.
 
-    The latent is a sample of the posterior, drawn from a generator of its own with the request's seed.
+    The latent is a sample of the posterior, whose noise is the first that the request's seed gives.
     """
     image = read_reference(request.references[0], job.height, job.width)[None].to(job.device, job.dtype)
     mean, logvar = split_moments(vae.encode_moments(image))
@@ -151,6 +157,9 @@ def sample_latents(
     settings, config = job.settings, transformer.config
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, config.out_channels, *latent_shape(job))
+    if "image" in given:  # the posterior of the image has had the first draws of each seed, as in diffusers
+        for generator in generators:
+            torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, dtype=job.dtype)
 
     def draw() -> Tensor:
         return torch.cat([draw_noise(shape, generator=generator) for generator in generators]).to(job.device)
@@ -187,7 +196,7 @@ def snr_shift(parts: Parts, config: CogVideoXConfig) -> float:
     """By how much the signal-to-noise ratio of the schedule is divided."""
     file = parts.transformer.parent / "scheduler" / "scheduler_config.json"
     if file.is_file():
-        return float(read_json(file).get("snr_shift_scale", 1.0))
+        return float(read_json(file).get("snr_shift_scale", 3.0))  # what diffusers' schedulers take it for if absent
     return 1.0 if config.use_rotary_positional_embeddings else 3.0
 
 

@@ -60,9 +60,15 @@ def read_vae_config(folder: Path) -> WFVAEConfig:
     return read_config(WFVAE, folder)
 
 
+def video_factors(config: WFVAEConfig) -> tuple[int, int]:
+    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
+    factor, side, _ = config.vae_scale_factor
+    return factor, side
+
+
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    factor, side = read_vae_config(needed(job.parts.vae)).vae_scale_factor[:2]
+    factor, side = video_factors(read_vae_config(needed(job.parts.vae)))
     return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
@@ -81,8 +87,8 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    factor, side = read_vae_config(needed(job.parts.vae)).vae_scale_factor[:2]
-    found = size_problems(job, factor, side * model_config(job.parts).patch_size)
+    step, side = video_factors(read_vae_config(needed(job.parts.vae)))
+    found = size_problems(job, step, side * model_config(job.parts).patch_size, side)
     if not needed(job.settings.noise_strength) >= 0:
         found.append(f"noise_strength must not be negative, got {job.settings.noise_strength}")
     chosen = job.settings.condition

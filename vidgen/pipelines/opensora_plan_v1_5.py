@@ -29,9 +29,15 @@ def read_vae_config(folder: Path) -> WFVAEConfig:
     return read_config(WFVAE, folder)
 
 
+def video_factors(config: WFVAEConfig) -> tuple[int, int]:
+    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
+    factor, side, _ = config.vae_scale_factor
+    return factor, side
+
+
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
-    factor, side, _ = read_vae_config(needed(job.parts.vae)).vae_scale_factor
+    factor, side = video_factors(read_vae_config(needed(job.parts.vae)))
     return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
@@ -41,7 +47,7 @@ def kind(job: Job, request: Request) -> str:
 
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
-    factor, side, _ = read_vae_config(needed(job.parts.vae)).vae_scale_factor
+    factor, side = video_factors(read_vae_config(needed(job.parts.vae)))
     patch = read_config(SparseUMMDiT, job.parts.transformer).patch_size
     found = size_problems(job, factor, side * patch, side)
     if any(request.references for request in requests):

@@ -59,6 +59,11 @@ def read_vae_config(folder: Path) -> HunyuanVAEConfig:
     return read_config(HunyuanVAE, folder)
 
 
+def video_factors(config: HunyuanVAEConfig) -> tuple[int, int]:
+    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
+    return config.time_compression_ratio, config.spatial_compression_ratio
+
+
 def latent_shape(job: Job) -> list[int]:
     """Frames, height and width of the latent."""
     vae = read_vae_config(needed(job.parts.vae))
@@ -80,7 +85,8 @@ def kind(job: Job, request: Request) -> str:
 def problems(job: Job, requests: Sequence[Request]) -> list[str]:
     """What cannot be sampled, in words; empty when all is well."""
     vae, config = read_vae_config(needed(job.parts.vae)), model_config(job.parts)
-    found = size_problems(job, vae.time_compression_ratio, config.patch_size * vae.spatial_compression_ratio)
+    step, side = video_factors(vae)
+    found = size_problems(job, step, config.patch_size * side, side)
     try:
         decoding_config(job, vae)
     except ValueError as error:

@@ -17,11 +17,18 @@ from vidgen import device as devices
 from vidgen.data.transforms import frame_indices, resize_crop, to_frames
 from vidgen.data.video import VideoError, contact_sheet, open_video, write_video
 from vidgen.evaluation.metrics import psnr, ssim
-from vidgen.io import write_json
-from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.io import read_json, write_json
 
-from .folders import weights_folder
+from .folders import Parts, weights_folder
+from .text_to_video import SYSTEMS
 
+# The class of a VAE, as its config.json names it, and a system that it belongs to.
+VAES = {
+    "WFVAE": "opensora_plan_v1_5",
+    "HunyuanVAE": "opensora_v2",
+    "AutoencoderKLHunyuanVideo": "opensora_v2",
+    "AutoencoderKLCogVideoX": "cogvideox",
+}
 SHEET_FRAMES = 9
 
 
@@ -30,8 +37,8 @@ class ReconstructSettings:
     """Which part of the clip, at what size; None keeps the clip's own.
 
     Attributes:
-        frames: 8n+1 frames, from frame ``start`` on.
-        height, width: multiples of 8; the clip is centre-cropped and resized.
+        frames: a number that the VAE can encode (4n+1 or 8n+1), from frame ``start`` on.
+        height, width: multiples of the VAE's 8; the clip is centre-cropped and resized.
         fps: frames per second to take from the clip.
     """
 
@@ -67,7 +74,8 @@ def reconstruct(
         ValueError: the clip cannot be read or is too short, settings that do not fit, or no model.
     """
     folder = weights_folder(vae)
-    original, fps = read_clip(clip, settings)
+    system = SYSTEMS[system_of(folder)]
+    original, fps = read_clip(clip, settings, *system.video_factors(system.read_vae_config(folder)))
     facts: dict[str, Any] = {
         "clip": str(clip),
         "vae": str(folder),
@@ -80,7 +88,7 @@ def reconstruct(
         return facts
     device = devices.resolve(settings.device)
     dtype = devices.compute_dtype(device, settings.precision)
-    model = WFVAE.from_pretrained(folder, dtype=dtype, device=device)
+    model = system.load_vae(Parts(folder, vae=folder), dtype, device)
     began = time.monotonic()
     decoded, latent_shape = round_trip(model, original)
     seconds = round(time.monotonic() - began, 3)
@@ -106,14 +114,30 @@ def reconstruct(
     return {**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)}
 
 
-def read_clip(clip: str | Path, settings: ReconstructSettings) -> tuple[Tensor, float]:
-    """The wanted part of a clip as ``(3, frames, height, width)`` in [-1, 1], and its frames per second."""
-    if settings.frames < 1 or settings.frames % 8 != 1:
-        raise ValueError(f"reconstruct: frames must be 8n+1, got {settings.frames}")
+def system_of(folder: Path) -> str:
+    """The system that the VAE in a folder belongs to. Raises ValueError for an unknown class."""
+    values = read_json(folder / "config.json")
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if name not in VAES:
+        raise ValueError(f"reconstruct: {folder / 'config.json'}: wanted _class_name {', '.join(VAES)}, got {name!r}")
+    return VAES[name]
+
+
+def read_clip(
+    clip: str | Path, settings: ReconstructSettings, frame_step: int = 8, side: int = 8
+) -> tuple[Tensor, float]:
+    """The wanted part of a clip as ``(3, frames, height, width)`` in [-1, 1], and its frames per second.
+
+    Args:
+        frame_step: frames must be a multiple of this and one more.
+        side: height and width must be multiples of this.
+    """
+    if settings.frames < 1 or (settings.frames - 1) % frame_step:
+        raise ValueError(f"reconstruct: frames must be {frame_step}n+1, got {settings.frames}")
     with open_video(clip) as reader:
-        height, width = settings.height or reader.height // 8 * 8, settings.width or reader.width // 8 * 8
-        if height < 8 or width < 8 or height % 8 or width % 8:
-            raise ValueError(f"reconstruct: height and width must be multiples of 8, got {height} and {width}")
+        height, width = settings.height or reader.height // side * side, settings.width or reader.width // side * side
+        if height < side or width < side or height % side or width % side:
+            raise ValueError(f"reconstruct: height and width must be multiples of {side}, got {height} and {width}")
         left = reader.num_frames - settings.start
         if left < 1 or settings.start < 0:
             raise ValueError(f"reconstruct: start must lie in 0..{reader.num_frames - 1}, got {settings.start}")
@@ -125,7 +149,7 @@ def read_clip(clip: str | Path, settings: ReconstructSettings) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def round_trip(model: WFVAE, video: Tensor) -> tuple[Tensor, list[int]]:
+def round_trip(model: Any, video: Tensor) -> tuple[Tensor, list[int]]:
     """``decode(encode(video))`` of ``(3, frames, height, width)`` on the CPU, and the latent's shape."""
     weight = next(model.parameters())
     latent = model.encode(video[None].to(weight.device, weight.dtype))

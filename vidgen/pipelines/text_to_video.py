@@ -240,8 +240,10 @@ def concatenate(entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def decoded(vae: Any, job: Job, latent: Tensor) -> Iterator[Tensor]:
     """The frames of one latent as uint8 ``(frames, height, width, 3)``, chunk by chunk."""
     for chunk in SYSTEMS[job.parts.system].decode(vae, job, latent.to(job.device)):
-        if chunk.shape[2]:
-            yield to_frames(chunk[0].cpu())
+        frames = to_frames(chunk[0].cpu()) if chunk.shape[2] else None
+        del chunk  # not while the next one is computed
+        if frames is not None:
+            yield frames
 
 
 def write_frames(chunks: Iterator[Tensor], video: Path, sheet: Path, label: str, job: Job) -> None:

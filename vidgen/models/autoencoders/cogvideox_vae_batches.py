@@ -48,5 +48,6 @@ def join(chunks: Iterator[Tensor], frames: int | None = None) -> Tensor:
             result = chunk.new_empty((*chunk.shape[:2], frames, *chunk.shape[3:]))
         result[:, :, at : at + chunk.shape[2]] = chunk
         at += chunk.shape[2]
+        del chunk  # before the next one is computed
     assert result is not None and at == frames
     return result

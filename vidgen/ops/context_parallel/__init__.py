@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over the ranks of a ``torch.distributed`` process group: ``from vidgen.ops import context_parallel``.
 
-Plain functions of tensors and process groups; whoever made the groups, Megatron, MindSpeed-MM, a DeviceMesh or
-``torch.distributed.new_group``, is fine. See docs/context_parallel.md.
+Plain functions of tensors and process groups, whoever made the groups. See docs/context_parallel.md.
 """
 
 from .group_parallel import move_tokens, skiparse_group_parallel

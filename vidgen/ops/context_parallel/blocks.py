@@ -7,17 +7,22 @@ import torch
 from torch import Tensor
 
 from .._checks import wide
-from ..attention import attention_lse, softmax_scale
+from ..attention import attention_lse, op_lse, softmax_scale
 
 Partial = tuple[Tensor, Tensor]  # out (batch, queries, heads, head_dim), log-sum-exp (batch, heads, queries)
+
+QUERIES = 1024  # at a time, where there is no kernel: memory stays linear in the sequence
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
     """:func:`vidgen.ops.attention_lse` to one block of keys."""
     if q.device.type == "cpu":  # its kernel takes float32 only; elsewhere one takes 16 bits and sums in 32
         q, k, v = wide(q), wide(k), wide(v)
-    out, lse = attention_lse(q, k, v, mask=mask, scale=scale)
-    return wide(out), lse
+    candidates = op_lse.candidates(q.device.type)
+    kernel = any(c.name != "reference" and c.refuse(q, k, v, mask, scale) is None for c in candidates)
+    rows = q.split(q.shape[1] if kernel else QUERIES, 1)
+    outs, lses = zip(*(attention_lse(some, k, v, mask=mask, scale=scale) for some in rows), strict=True)
+    return (wide(outs[0]), lses[0]) if len(rows) == 1 else (wide(torch.cat(outs, 1)), torch.cat(lses, 2))
 
 
 def merge(a: Partial | None, b: Partial) -> Partial:
@@ -64,13 +69,11 @@ def flash_cpu_backward(
 def blockwise_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In blocks of queries, so that memory stays linear in the sequence."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad * out).sum(-1).transpose(1, 2)
     shift = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing weighs nothing
-    block = 1024
-    for a in range(0, q.shape[1], block):
-        rows = slice(a, a + block)
+    for a in range(0, q.shape[1], QUERIES):
+        rows = slice(a, a + QUERIES)
         scores = torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k) * scale
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..skiparse_attention import skiparse_attention
 from .checks import Plan, make_plan, place_in
-from .exchange import Shape, exchange, gather
+from .exchange import Shape, exchange
 from .layout import shard_sizes
 
 # (q, k, v, text_q, text_k, text_v) of some heads to (out, text_out)
@@ -143,10 +143,7 @@ def by_heads(
     out, text_out = attend(q, k, v, *text)
     if text_out is None:
         return to_tokens([out], [sizes], heads, group)[0]
-    if plan.text_sizes is None:
-        (out,) = to_tokens([out], [sizes], heads, group)
-        return out, gather(text_out, 2, heads, group)
-    out, text_out = to_tokens([out, text_out], [sizes, text_sizes], heads, group)
+    out, text_out = to_tokens([out, text_out], [sizes, None if plan.text_sizes is None else text_sizes], heads, group)
     return out, text_out
 
 
@@ -173,17 +170,16 @@ def to_heads(
 
 def to_tokens(
     tensors: list[Tensor],
-    sizes: list[list[int]],
+    sizes: list[list[int] | None],
     heads: Sequence[int],
     group: dist.ProcessGroup,
     members: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The inverse of :func:`to_heads`."""
+    """The inverse of :func:`to_heads`; a tensor whose sizes are None goes to all ranks as a whole."""
     own = _place(group, members)
-    split = [t.split(size, 1) for t, size in zip(tensors, sizes, strict=True)]
-    shapes = [
-        [(t.shape[0], size[own], count, t.shape[3]) for t, size in zip(tensors, sizes, strict=True)] for count in heads
-    ]
+    split = [[t] * len(heads) if size is None else t.split(size, 1) for t, size in zip(tensors, sizes, strict=True)]
+    tokens = [t.shape[1] if size is None else size[own] for t, size in zip(tensors, sizes, strict=True)]
+    shapes = [[(t.shape[0], n, count, t.shape[3]) for t, n in zip(tensors, tokens, strict=True)] for count in heads]
     arrived = _exchange_among(members, list(zip(*split, strict=True)), shapes, group)
     return [torch.cat(shares, 2) for shares in zip(*arrived, strict=True)]
 

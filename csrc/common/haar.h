@@ -236,8 +236,17 @@ template <typename F, typename End>
 void each_band_row(int64_t batch, int64_t channels, int64_t frames, int64_t height, int64_t bytes, F f, End done) {
   const int64_t grain = std::max<int64_t>(1, 32768 / bytes);
   at::parallel_for(0, batch * channels * frames * height, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      f(i / height / frames / channels, i / height / frames % channels, i / height % frames, i % height);
+    int64_t h = begin % height, t = begin / height % frames, c = begin / height / frames % channels;
+    int64_t b = begin / height / frames / channels;
+    for (int64_t i = begin; i < end; ++i) {  // counted on: four divisions a row are not free
+      f(b, c, t, h);
+      if (++h < height) continue;
+      h = 0;
+      if (++t < frames) continue;
+      t = 0;
+      if (++c < channels) continue;
+      c = 0;
+      ++b;
     }
     done();
   });

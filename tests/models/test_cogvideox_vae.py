@@ -155,6 +155,8 @@ def test_tiles_of_diffusers_that_do_not_add_up_are_refused() -> None:
     assert original.decode(z).sample.shape[3] != 32  # the defect
     with pytest.raises(ValueError, match="the tiles of 4 x 2 add up to .* instead of 32 x 16"):
         vae.decode_unscaled(z, diffusers_tiling=DiffusersTiling(24, 24, 1 / 6, 1 / 6))
+    tiling = DiffusersTiling(24, 24, 1 / 6, 1 / 6, allow_misaligned=True)
+    close(vae.decode_unscaled(z, diffusers_tiling=tiling), original.decode(z).sample)
 
 
 @torch.no_grad()

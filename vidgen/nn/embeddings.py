@@ -27,7 +27,9 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
         )
     half = dim // 2
     wide = torch.promote_types(timestep.dtype, torch.float32)
-    frequencies = torch.exp(torch.arange(half, dtype=wide, device=timestep.device) * (-math.log(10000) / half))
+    exponents = -math.log(10000) * torch.arange(half, dtype=wide, device=timestep.device) / half
+    # exp() of float32 differs between machines in the last bit: of an angle of 1000, that is 6e-5.
+    frequencies = exponents.double().exp().to(wide)
     angles = timestep.to(wide)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

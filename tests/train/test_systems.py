@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,15 @@ def test_resumed_run_is_the_uninterrupted_one(make, tmp_path, case):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("case", ["1.3 inpaint", "2.0 conditions", "1.5-5B-I2V"])
+def test_bf16_with_recomputed_activations_and_without_a_cache(make, tmp_path, case):
+    train(make(case, training={"precision": "bf16", "activation_checkpointing": True, "steps": 1}))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("case", ["1.3", "2.0", "2B", "5B", "1.5-5B"])
 def test_run_is_sampled_from(make, tmp_path, case):
-    recipe = make(case)
+    recipe = make(case, data={"cache": tmp_path / "cache"})
     train(recipe)
     settings = SampleSettings(steps=2, guidance=2.0, device="cpu")
     (result,) = sample_videos(recipe.output, ["a man talks"], tmp_path / "out", settings)

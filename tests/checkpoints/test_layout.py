@@ -54,15 +54,6 @@ def test_our_own_readers_know_the_names_of_the_tables(tiny) -> None:
         assert set(theirs) != set(state) == set(convert(theirs))
 
 
-def test_the_older_merger_of_v1_5_cuts_along_the_same_axes() -> None:
-    from vidgen.checkpoints.open_sora_plan_v1_5 import tensor_parallel_axis
-
-    axes = {"replicated": None, "column": 0, "row": 1}
-    layout = MODELS["opensora_plan_v1_5"].layout("megatron")
-    for row in layout.rows:
-        assert tensor_parallel_axis(row.theirs.replace("#", "0")) == axes[row.split], row.theirs
-
-
 # What does not fit
 
 SMALL = Layout(

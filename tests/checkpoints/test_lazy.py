@@ -72,6 +72,21 @@ def test_files_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped:
         check({name: t.load() for name, t in state.items()})
 
 
+def test_files_are_unmapped_together_after_enough_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        torch.save(TENSORS, tmp_path / f"{name}.pt")
+    files = [TorchFile(tmp_path / f"{name}.pt") for name in "ab"]
+    states = [file.state() for file in files]
+    monkeypatch.setattr(lazies, "REMAP_BYTES", 200)
+    kept = states[0]["matrix"].load()
+    first = [file.content() for file in files]
+    states[1]["matrix"].load()  # 280 bytes by now, in two files
+    assert all(file.content() is content for file, content in zip(files, first, strict=True))
+    states[1]["flags"].load()
+    assert all(file.content() is not content for file, content in zip(files, first, strict=True))
+    assert torch.equal(kept, TENSORS["matrix"])
+
+
 def test_parts() -> None:
     whole = lazy(torch.arange(24).reshape(6, 4))
     assert torch.equal(join(chunk(whole, 0, 3), 0).load(), whole.load())

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from vidgen import config as loading
 from vidgen import diffusion
-from vidgen.diffusion.v_prediction import diffuse, scaled_linear_alphas_cumprod, shift_snr, velocity_target
+from vidgen.diffusion.v_prediction import (
+    diffuse,
+    rescale_zero_terminal_snr,
+    scaled_linear_alphas_cumprod,
+    shift_snr,
+    velocity_target,
+)
 
 from . import checkpoints
 from .comparison import Case, Comparison
@@ -40,21 +46,31 @@ def transformer_forward(case: Case, compare: Comparison) -> None:
     inputs = case.group("in/")
     suffixes = sorted(name.removeprefix("hidden_states") for name in inputs if name.startswith("hidden_states"))
     for index, suffix in enumerate(suffixes):
-        rope = case.meta["rope"][index] if case.meta["rope"] else None
+        described = case.meta.get("rope")
+        rope = described[index] if isinstance(described, list) and described else described or None
         latent, text = swap(inputs[f"hidden_states{suffix}"]), inputs[f"encoder_hidden_states{suffix}"]
         timestep, ofs = inputs[f"timestep{suffix}"], inputs.get(f"ofs{suffix}")
         options = {} if ofs is None else {"ofs": ofs}
         rotary = None if rope is None else described_rotation(rope, model.config.attention_head_dim)
         if rotary is not None:
             for name, table in zip(("cos", "sin"), rotary, strict=True):
-                stored = inputs[f"rope_{name}{suffix}"]
-                compare(f"rope_{name}{suffix}", table.repeat_interleave(2, 1), stored)
+                if (stored := inputs.get(f"rope_{name}{suffix}")) is not None:
+                    compare(f"rope_{name}{suffix}", table.repeat_interleave(2, 1), stored)
+        elif f"rope_cos{suffix}" in inputs:
+            cos, sin = (inputs[f"rope_{name}{suffix}"][:, ::2] for name in ("cos", "sin"))
+            rotary = cos, sin
         blocks: list[tuple[Tensor, Tensor]] = []
-        hook = model.transformer_blocks[0].register_forward_hook(lambda m, i, o, blocks=blocks: blocks.append(o))
+        hooks = [
+            block.register_forward_hook(lambda m, i, o, blocks=blocks: blocks.append(o))
+            for block in model.transformer_blocks
+        ]
         with torch.no_grad():
             sample = model(latent, timestep, text, rotary=rotary, **options)
             video_tokens, text_tokens = model.patch_embed(latent, text)
             condition = model.condition(timestep, **options)
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
             own = model.rotation(case_grid(model, latent), 0, latent, None)
             if rotary is not None and all(
                 torch.allclose(own[k], t) for k, t in zip(("cos", "sin"), rotary, strict=True)
@@ -64,12 +80,12 @@ def transformer_forward(case: Case, compare: Comparison) -> None:
                     swap(model(latent, timestep, text, **options)),
                     swap(sample),
                 )
-        hook.remove()
+        seen = {"temb": condition, "tokens_after_patch_embed": torch.cat([text_tokens, video_tokens], 1)}
+        for number, (video, text) in enumerate(blocks):
+            seen |= {f"block{number}_video": video, f"block{number}_text": text}
         compare(f"sample{suffix}", swap(sample))
-        compare(f"temb{suffix}", condition)
-        compare(f"tokens_after_patch_embed{suffix}", torch.cat([text_tokens, video_tokens], 1))
-        compare(f"block0_video{suffix}", blocks[0][0])
-        compare(f"block0_text{suffix}", blocks[0][1])
+        for name in seen.keys() & {name.removesuffix(suffix) for name in compare.expected if name.endswith(suffix)}:
+            compare(f"{name}{suffix}", seen[name])
 
 
 def case_grid(model: Any, latent: Tensor) -> tuple[int, int, int]:
@@ -153,24 +169,28 @@ def vae(case: Case, compare: Comparison) -> None:
             stated["tile_sample_min_width"],
             stated["tile_overlap_factor_height"],
             stated["tile_overlap_factor_width"],
+            allow_misaligned=True,
         )
     for name, value in inputs.items():
         kind, _, suffix = name.partition("_")
         suffix = f"_{suffix}" if suffix else ""
         if kind == "video" and tiling is not None:
             compare(f"moments{suffix}_tiled", model.encode_moments(value, diffusers_tiling=tiling))
-            compare(f"moments{suffix}_untiled", model.encode_moments(value))
+            if f"moments{suffix}_untiled" in compare.expected:
+                compare(f"moments{suffix}_untiled", model.encode_moments(value))
         elif kind == "video":
             moments = model.encode_moments(value)
             mean, logvar = split_moments(moments)
-            compare(f"moments{suffix}", moments)
-            compare(f"mode{suffix}", mean)
-            compare(f"std{suffix}", (logvar / 2).exp())
+            for output, ours in {"moments": moments, "mode": mean, "std": (logvar / 2).exp()}.items():
+                if f"{output}{suffix}" in compare.expected:
+                    compare(f"{output}{suffix}", ours)
             compare(f"encode{suffix}", model.encode(value), mean * model.config.scaling_factor)
         elif kind == "latent":
             name = f"video{suffix}_tiled" if tiling is not None else f"video{suffix}"
             video = model.decode_unscaled(value, diffusers_tiling=tiling)
             compare(name, video)
+            if tiling is not None and f"video{suffix}_untiled" in compare.expected:
+                compare(f"video{suffix}_untiled", model.decode_unscaled(value))
             if tiling is None:
                 streamed = torch.cat([*model.decode_stream(model.normalize(value))], 2)
                 compare(f"{name}, streamed", streamed, video)
@@ -244,7 +264,8 @@ def sat_vae(case: Case, compare: Comparison) -> None:
         "up_block_types": ["CogVideoXUpBlock3D"] * len(widths),
         "latent_channels": original["z_channels"],
         "layers_per_block": original["num_res_blocks"],
-        "norm_num_groups": int(case.meta["norm_groups"].split()[0]),
+        "norm_num_groups": int(str(case.meta["norm_groups"]).split()[0]),
+        "temporal_compression_ratio": original.get("temporal_compress_times", 4),
     }
     ours = convert_state_dict({"state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1)}})
     model = autoencoder(config, ours)
@@ -263,19 +284,13 @@ def sat_vae(case: Case, compare: Comparison) -> None:
 
 def table_of(config: dict[str, Any], default_shift: float = 3.0) -> Tensor:
     """The levels of a scheduler's configuration."""
-    wanted = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "prediction_type": "v_prediction",
-    }
+    wanted = {"beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": "v_prediction"}
     if different := {name: config[name] for name, value in wanted.items() if config.get(name, value) != value}:
         raise AssertionError(f"scheduler: unknown settings {different}")
     shift, count = config.get("snr_shift_scale", default_shift), config.get("num_train_timesteps", 1000)
-    if config.get("rescale_betas_zero_snr"):
-        return diffusion.cogvideox_alphas_cumprod(shift, count)
-    return shift_snr(scaled_linear_alphas_cumprod(count), shift)
+    ends = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+    shifted = shift_snr(scaled_linear_alphas_cumprod(count, *ends), shift)
+    return rescale_zero_terminal_snr(shifted) if config.get("rescale_betas_zero_snr") else shifted
 
 
 def steps_of(config: dict[str, Any], num_steps: int) -> list[diffusion.Step]:
@@ -312,7 +327,7 @@ def sampler(case: Case, compare: Comparison) -> None:
     compare.equal("timesteps", [step.timestep for step in steps], inputs["timesteps"].tolist())
     draws = inputs["noise_draws_used_after_step"].tolist()
     compare.equal("noise drawn", [sum(step.draws for step in steps[: i + 1]) for i in range(len(steps))], draws)
-    for solver in ("ddim", "dpm"):
+    for solver in (solver for solver in ("ddim", "dpm") if f"{solver}_samples" in compare.expected):
         x, last_clean = inputs["x_init"], None
         samples, cleans = [], []
         for step, velocity, count in zip(steps, inputs["model_outputs"], draws, strict=True):
@@ -323,7 +338,8 @@ def sampler(case: Case, compare: Comparison) -> None:
             samples.append(x)
             cleans.append(last_clean)
         compare(f"{solver}_samples", torch.stack(samples))
-        compare(f"{solver}_pred_x0", torch.stack(cleans))
+        if f"{solver}_pred_x0" in compare.expected:
+            compare(f"{solver}_pred_x0", torch.stack(cleans))
 
 
 def dynamic_guidance(case: Case, compare: Comparison) -> None:
@@ -349,18 +365,24 @@ def train_loss(case: Case, compare: Comparison) -> None:
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
         seen["noised"] = x
+        x = x if "image_latents" not in inputs else torch.cat([x, swap(inputs["image_latents"])], 1)
         seen["velocity"] = model(x, timestep, inputs["encoder_hidden_states"], rotary=rotary, **options)
         return seen["velocity"]
 
     losses = diffusion.cogvideox_losses(velocity, latents, alphas_cumprod=table, timesteps=timesteps, noise=noise)
     losses.mean().backward()
-    compare("alphas_cumprod_at_t", table[timesteps], inputs["alphas_cumprod_at_t"])
-    compare("noised", swap(seen["noised"]))
-    compare("model_output_v", swap(seen["velocity"]))
-    compare("loss_per_sample", losses)
-    compare("loss", losses.mean().reshape(1))
+    if "alphas_cumprod_at_t" in inputs:
+        compare("alphas_cumprod_at_t", table[timesteps], inputs["alphas_cumprod_at_t"])
     plain = (seen["velocity"] - velocity_target(latents, noise, table, timesteps)).square().mean()
-    compare("loss_plain_v_mse", plain.reshape(1))
+    compare("loss", losses.mean().reshape(1))
+    for name, value in {
+        "noised": swap(seen["noised"]),
+        "model_output_v": swap(seen["velocity"]),
+        "loss_per_sample": losses,
+        "loss_plain_v_mse": plain.reshape(1),
+    }.items():
+        if name in compare.expected:
+            compare(name, value)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     for name in case.group("out/grad/"):
         compare(f"grad/{name}", gradients[name])
@@ -368,7 +390,7 @@ def train_loss(case: Case, compare: Comparison) -> None:
 
 def sat_sampler(case: Case, compare: Comparison) -> None:
     inputs, count, shift = case.group("in/"), case.meta["steps"], case.meta["shift_scale"]
-    stated = re.search(r"DynamicCFG scale (\S+) exp 5 num_steps=steps", case.meta["call"])
+    stated = re.search(r"(Dynamic|Vanilla)CFG scale ([\d.]+)", case.meta["call"])
     assert stated is not None
     steps = diffusion.sat_steps(count, shift)
     context = inputs["context"]
@@ -385,7 +407,8 @@ def sat_sampler(case: Case, compare: Comparison) -> None:
         elif found := re.fullmatch(r"timesteps_ascending_(\d+)", name):
             compare(name, torch.tensor([step.timestep for step in reversed(diffusion.sat_steps(int(found[1]), shift))]))
     compare("c_noise_sequence", torch.tensor([float(step.timestep) for step in steps]))
-    for name, solver in (("ddim", "ddim"), ("dpmpp2m_sde", "dpm")):
+    solvers = {"ddim": "ddim", "dpmpp2m_sde": "dpm"}
+    for name, solver in ((name, solver) for name, solver in solvers.items() if name in compare.expected):
         draws = iter(inputs["noise_draws"])
         final = diffusion.sample_discrete(
             network,
@@ -394,8 +417,8 @@ def sat_sampler(case: Case, compare: Comparison) -> None:
             {"context": context},
             negative_conditioning={"context": torch.zeros_like(context)},
             solver=solver,
-            guidance_scale=float(stated[1]),
-            dynamic_guidance=True,
+            guidance_scale=float(stated[2]),
+            dynamic_guidance=stated[1] == "Dynamic",
             draw=lambda draws=draws: swap(next(draws)),  # type: ignore[misc]
         )
         compare(name, swap(final))

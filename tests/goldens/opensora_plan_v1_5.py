@@ -387,34 +387,36 @@ def optimizer(case: Case, compare: Comparison) -> None:
 
 
 def checkpoint_merge(case: Case, compare: Comparison) -> None:
-    from vidgen.checkpoints.open_sora_plan_v1_5 import (
-        load_tensor_parallel,
-        split_tensor_parallel,
-        tensor_parallel_axis,
-    )
+    from vidgen.checkpoints.lazy import lazy
+    from vidgen.checkpoints.megatron import find_iteration, merge, rank_folder, read_tree, split
+    from vidgen.models.opensora_plan_v1_5.mindspeed_mm import ORIGINAL
 
     shards = [case.group(f"in/shard{rank}/") for rank in range(case.meta["tp"])]
-    merged = case.group("out/merged/")
+    stored = case.group("out/merged/")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "latest_checkpointed_iteration.txt").write_text("10")
+        root = Path(name)
+        (root / "latest_checkpointed_iteration.txt").write_text("10")
         for rank, shard in enumerate(shards):
-            file = folder / "iter_0000010" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+            file = root / "iter_0000010" / rank_folder(rank, 0, 1) / "model_optim_rng.pt"
             file.parent.mkdir(parents=True)
             noise = {key: torch.zeros_like(value) for key, value in shard.items()}
             extra = {"transformer_blocks.0.0.attn1.to_q._extra_state": None}
             torch.save({"iteration": 10, "model": noise, "ema_model": shard | extra}, file)
-        ours = load_tensor_parallel(folder, key="ema_model")
-    compare.equal("keys", sorted(ours), sorted(merged))
-    for key in merged:
-        compare(f"merged/{key}", ours[key])
-    for rank, (shard, again) in enumerate(zip(shards, split_tensor_parallel(merged, len(shards)), strict=True)):
+        folder = find_iteration(root)
+        assert folder is not None
+        merged = {key: t.load() for key, t in merge(read_tree(folder, ema=True), ORIGINAL).items()}
+    compare.equal("keys", sorted(merged), sorted(stored))
+    for key in stored:
+        compare(f"merged/{key}", merged[key])
+    files = split({key: lazy(t) for key, t in stored.items()}, ORIGINAL, len(shards))
+    for rank, shard in enumerate(shards):
+        again = files[rank_folder(rank, 0, 1)]["model"]
         compare.equal(f"shard {rank}: keys", sorted(again), sorted(shard))
         for key, value in shard.items():
-            compare(f"shard {rank}: {key}", again[key], value)
-    axes = {"replicated": None, "dim0": 0, "dim1": 1}
+            compare(f"shard {rank}: {key}", again[key].load(), value)
+    rules = {"replicated": "replicated", "column": "dim0", "row": "dim1"}
     for key, rule in case.meta["split_rule"].items():
-        compare.equal(f"rule of {key}", tensor_parallel_axis(key), axes[rule])
+        compare.equal(f"rule of {key}", rules[ORIGINAL.split_of(key)], rule)
 
 
 RUNNERS: dict[str, Callable[[Case, Comparison], None]] = {

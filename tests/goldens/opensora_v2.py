@@ -24,7 +24,8 @@ def mmdit_forward(case: Case, compare: Comparison) -> None:
 
     model, inputs = _mmdit(case.meta["config"], case.group("w/")), case.group("in/")
     patch = model.config.patch_size
-    compare("packed latent", pack_patches(inputs["latent_5d"], patch), inputs["img"])
+    if "latent_5d" in inputs:
+        compare("packed latent", pack_patches(inputs["latent_5d"], patch), inputs["img"])
     if "cond_mask_5d" in inputs:
         masked = torch.cat((inputs["cond_mask_5d"], inputs["cond_latent_5d"]), 1)
         compare("packed condition", pack_patches(masked, patch), inputs["cond"])
@@ -65,10 +66,10 @@ def _watch(model: Any, names: dict[str, Tensor], seen: dict[str, Tensor]) -> lis
             module, pick = model.get_submodule(block), lambda _, output, index=index: output[index]
         elif name == "vec":
             module, pick = model.final_layer, lambda inputs, _: inputs[1]
-        elif name.startswith(("single_blocks.", "time_in")):
-            module, pick = model.get_submodule(name), lambda _, output: output
-        else:
+        elif name == "pred" or name.startswith("pe"):
             continue
+        else:
+            module, pick = model.get_submodule(name), lambda _, output: output
         hooks.append(module.register_forward_hook(keep(name, pick)))
     return hooks
 
@@ -302,7 +303,7 @@ def _text(inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def train_step(case: Case, compare: Comparison) -> None:
     from vidgen.diffusion import opensora_v2_loss as training
-    from vidgen.diffusion.opensora_v2_conditions import choose_condition, training_condition
+    from vidgen.diffusion.opensora_v2_conditions import training_condition
 
     inputs, options = case.group("in/"), case.meta["train_config"]
     model, vae = (
@@ -314,8 +315,8 @@ def train_step(case: Case, compare: Comparison) -> None:
         latent = vae.encode(inputs["video"])
         condition = {}
         if weights := options.get("condition_config"):
-            types = [choose_condition(weights, latent.shape[2], random.Random(0)) for _ in range(batch)]
             causal = options.get("is_causal_vae", True)
+            types = _drawn_types(weights, latent, compare.expected["inp.cond"], patch, causal)
             mask, masked = training_condition(inputs["video"], latent, types, vae.encode, causal=causal)
             condition = {"mask": mask, "masked_latent": masked}
     text = {name: t[:batch] for name, t in _text(inputs)}
@@ -343,12 +344,34 @@ def train_step(case: Case, compare: Comparison) -> None:
     compare("grad_global_norm", total)
 
 
+def _drawn_types(weights: dict[str, float], latent: Tensor, cond: Tensor, patch: int, causal: bool) -> list[str]:
+    """The type of each sample: the only one there is, else the one whose given frames are those of the stored mask."""
+    from vidgen.diffusion.opensora_v2_conditions import choose_condition, inference_condition
+
+    frames, types = latent.shape[2], []
+    stored = cond[..., 0].unflatten(1, (frames, -1))[:, :, 0]  # of each frame, whether it is given
+    for sample, given in zip(latent, stored, strict=True):
+        left = [name for name, weight in weights.items() if weight and (name[:1] != "v" or frames > 8 + causal)]
+        fitting = []
+        for name in left if len(left) > 1 else []:
+            whole = [sample, sample] if name == "i2v_loop" else [sample]
+            try:
+                mask, _ = inference_condition(sample[None], name, [whole], causal=causal)
+            except ValueError:
+                continue
+            if torch.equal(mask[0, 0, :, 0, 0], given):
+                fitting.append(name)
+        types.append(choose_condition(dict.fromkeys(fitting[:1] or left, 1), frames, random.Random(0)))
+    return types
+
+
 def batch_loss(case: Case, compare: Comparison) -> None:
     from vidgen.diffusion.opensora_v2_loss import batch_loss
 
     inputs = case.group("in/")
-    compare("loss_plain", batch_loss(inputs["pred"], inputs["target"]))
-    compare("loss_masked", batch_loss(inputs["pred"], inputs["target"], inputs["masks"]))
+    for name in compare.expected:
+        mask = inputs["masks"] if name == "loss_masked" else None
+        compare(name, batch_loss(inputs["pred"], inputs["target"], mask))
 
 
 def ema(case: Case, compare: Comparison) -> None:

@@ -68,5 +68,5 @@ def test_decoding_longer_videos_takes_no_more_memory(tmp_path, system):
     alone = {frames: peak_mib(system, "stream", tmp_path, frames) for frames in (33, 65, 129)}
     used = {frames: figures[str(frames)] - figures["loaded"] for frames, figures in alone.items()}
     print(system, {frames: round(value) for frames, value in used.items()}, "MiB beyond the loaded model")
-    # Up to some 50 frames the encoder of the mp4, which looks ahead, and the heap still fill; then nothing may grow.
-    assert used[129] < 1.1 * used[65] and used[129] < 1.4 * used[33]
+    # Up to some 50 frames the encoder of the mp4, which looks ahead, still fills; then nothing may grow.
+    assert used[129] < 1.1 * used[65] and used[129] < 1.3 * used[33]

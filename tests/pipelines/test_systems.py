@@ -73,6 +73,15 @@ def test_prompt_to_video(make_model, files, tmp_path, name):
         assert sheet.width > min(count, 8) * settings.width
 
 
+@pytest.mark.parametrize("name", ["1.3 i2v", "2.0 head", "1.5-5B-I2V", "2B"])
+def test_bf16(make_model, files, tmp_path, name):
+    system, preset, changes, references, count = CASES[name]
+    settings = SampleSettings(**{**SMALL, "frames": count, "precision": "bf16", **changes})
+    request = Request("a man", tuple(files[reference] for reference in references))
+    (result,) = sample_videos(make_model(system, preset), [request], tmp_path, settings)
+    assert frames(result["video"]).shape[0] == count
+
+
 # Seeds and batches
 
 

@@ -27,7 +27,8 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
         )
     half = dim // 2
     wide = torch.promote_types(timestep.dtype, torch.float32)
-    frequencies = torch.exp(torch.arange(half, dtype=wide, device=timestep.device) * (-math.log(10000) / half))
+    # In float32, in the originals' order: the last bit of a frequency is 6e-5 of an angle of 1000.
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=wide, device=timestep.device) / half)
     angles = timestep.to(wide)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -182,22 +182,22 @@ def make_images(job: Job, requests: Sequence[Request], output: Path) -> list[Req
 
 
 def encode_texts(job: Job, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """What the encoders make of each text; one by one, so that a text does not depend on its neighbours."""
+    """What the encoders make of each text, on the CPU; one by one, so that a text does not depend on its neighbours."""
     system = SYSTEMS[job.parts.system]
     encoders = system.load_encoders(job.parts, job.dtype, job.device)
-    return {text: system.encode_text(encoders, text) for text in dict.fromkeys(texts)}
+    return {text: on(torch.device("cpu"), system.encode_text(encoders, text)) for text in dict.fromkeys(texts)}
 
 
 @torch.no_grad()
 def encode_references(job: Job, requests: Sequence[Request]) -> list[dict[str, Tensor]]:
-    """The conditions of each request, empty where it has none."""
+    """The conditions of each request, on the CPU; empty where it has none."""
     system = SYSTEMS[job.parts.system]
     if not any(system.conditioned(job, request) for request in requests):
         return [{} for _ in requests]
     vae = system.load_vae(job.parts, job.dtype, job.device)
     seeds = range(job.settings.seed, job.settings.seed + len(requests))
     return [
-        system.conditions(vae, job, request, seed) if system.conditioned(job, request) else {}
+        on(torch.device("cpu"), system.conditions(vae, job, request, seed)) if system.conditioned(job, request) else {}
         for request, seed in zip(requests, seeds, strict=True)
     ]
 
@@ -222,8 +222,8 @@ def sample_all(
         began = time.monotonic()
         stop = min(start + job.settings.batch_size, len(texts))
         batch = [i for i in range(start, stop) if len({*kinds[start : i + 1]}) == 1]
-        positive, negative = (concatenate([embeddings[texts[i][side]] for i in batch]) for side in (0, 1))
-        given = concatenate([conditions[i] for i in batch])
+        entries = [[embeddings[texts[i][side]] for i in batch] for side in (0, 1)]
+        positive, negative, given = (on(job.device, concatenate(e)) for e in (*entries, [conditions[i] for i in batch]))
         seeds = [job.settings.seed + i for i in batch]
         result = system.sample_latents(transformer, job, kinds[start], positive, negative, given, seeds).cpu()
         latents += result.split(1)
@@ -234,6 +234,10 @@ def sample_all(
 def concatenate(entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors ``(1, ...)`` of several requests as batches."""
     return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 
 Each tile begins a fixed step after the one before and ends where the frame does, so that the last may be a sliver; it
 is blended with its already blended neighbours above and to the left. Tiles and overlaps are rounded separately in
-pixels and in latent cells, and for some sizes the pieces do not add up to the frame: these are refused here.
+pixels and in latent cells, and for some sizes the pieces do not add up to the frame: these are refused here, unless
+diffusers' result is wanted as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class DiffusersTiling:
     Args:
         height, width: of a tile in pixels; larger frames are cut.
         overlap_height, overlap_width: share of a tile that is blended, between 0 and 1.
+        allow_misaligned: accept tiles that do not add up to the frame, as diffusers does: the result then has gaps or
+            repetitions, and another size.
 
     Raises:
         ValueError: a tile without a pixel, or an overlap outside of 0 to 1.
@@ -33,6 +36,7 @@ class DiffusersTiling:
     width: int | None = None
     overlap_height: float = 1 / 6
     overlap_width: float = 1 / 5
+    allow_misaligned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -62,25 +66,28 @@ class DiffusersTiling:
         if 0 in step:
             raise ValueError(f"DiffusersTiling: tiles of {source[0]} x {source[1]} leave no step with {overlaps}")
         keep = tuple(length - cut for length, cut in zip(target, blend, strict=True))
-        return Cuts(source, step, blend, keep, (1, side) if encoding else (side, 1))
+        return Cuts(source, step, blend, keep, (1, side) if encoding else (side, 1), self.allow_misaligned)
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Size and step of a tile in the input, blended and kept length in the output, and output per input length."""
+    """Size and step of a tile in the input, blended and kept length in the output, output per input length, and whether
+    the pieces may add up to something else.
+    """
 
     size: tuple[int, ...]
     step: tuple[int, ...]
     blend: tuple[int, ...]
     keep: tuple[int, ...]
     scale: tuple[int, int]
+    allow_misaligned: bool = False
 
 
 def run_diffusers_tiles(x: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts) -> Tensor:
     """Blend ``run(tile)`` over the tiles of ``x`` ``(B, C, T, H, W)``, or run it on all of ``x`` if that is one tile.
 
     Raises:
-        ValueError: the pieces do not add up to the frame.
+        ValueError: the pieces do not add up to the frame and are not allowed to.
     """
     height, width = x.shape[3:]
     if height <= cuts.size[0] and width <= cuts.size[1]:
@@ -106,7 +113,7 @@ def run_diffusers_tiles(x: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts) 
     result = torch.cat(lines, 3)
     up, down = cuts.scale
     wanted = (height * up // down, width * up // down)
-    if tuple(result.shape[3:]) != wanted:
+    if tuple(result.shape[3:]) != wanted and not cuts.allow_misaligned:
         raise ValueError(
             f"DiffusersTiling: the tiles of {height} x {width} add up to {result.shape[3]} x {result.shape[4]} instead "
             f"of {wanted[0]} x {wanted[1]}; choose others, or tile_size"

@@ -48,6 +48,7 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0, time
     float32 (float64 stays float64), and the result has the dtype of ``t``. An odd ``dim`` ends with a zero.
     """
     half, wide = dim // 2, torch.promote_types(t.dtype, torch.float32)
+    # In float32, in the original's order: the last bit of a frequency is 2e-4 of an angle of 4000.
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=wide, device=t.device) / half)
     angles = (time_factor * t)[:, None].to(wide) * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, dim % 2)).to(t.dtype)

@@ -57,20 +57,29 @@ def on_backend(name):
     return contextlib.nullcontext() if name == "default" else ops.use_backend(name)
 
 
-def moved_by_rounding(op, args):
-    """How far each true result moves when every input does by one rounding of float32, in which kernels compute.
+def on_neighbours(op, args):
+    """For each result, at inputs off by a rounding of float32, in which kernels compute: eager's largest error, and how
+    far the true result moves.
 
-    Of an ill-conditioned case (the norm of few, nearly equal numbers) no float32 formula can be expected to do better.
+    Eager is lucky at times where errors of long sums cancel, and no float32 formula can be expected to do better than
+    its inputs' roundings where a case is ill-conditioned (the norm of few, nearly equal numbers).
     """
     signs, eps = torch.Generator().manual_seed(0), torch.finfo(torch.float32).eps
 
     def off(a):
-        return a * (1 + eps * (2 * torch.randint(2, a.shape, generator=signs) - 1))
+        return (a.double() * (1 + eps * (2 * torch.randint(2, a.shape, generator=signs) - 1))).to(a.dtype)
 
-    truth = tensors(op.reference(*widen(args)))
-    moved = [tensors(op.reference(*mapped(off, widen(args)))) for _ in range(3)]
-    distances = [[(y - t).abs().nan_to_num(0).amax() for y, t in zip(ys, truth, strict=True)] for ys in moved]
-    return torch.tensor(distances).amax(0).tolist()
+    def distances(xs, ys):
+        gaps = [(x.double() - y).abs().nan_to_num(0) for x, y in zip(xs, ys, strict=True)]
+        return torch.tensor([gap.amax() if gap.numel() else 0.0 for gap in gaps])
+
+    truth, errors, moves = tensors(op.reference(*widen(args))), [], []
+    for _ in range(3):
+        near = mapped(off, args)
+        there = tensors(op.reference(*widen(near)))
+        errors.append(distances(tensors(op.reference(*near)), there))
+        moves.append(distances(there, truth))
+    return torch.stack(errors).amax(0).tolist(), torch.stack(moves).amax(0).tolist()
 
 
 def assert_as_accurate_as_eager(op, args):
@@ -89,8 +98,10 @@ def assert_as_accurate_as_eager(op, args):
             error = (y.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
             allowed = (e.double() - t)[finite].abs().amax().item() if finite.any() else 0.0
             scale = t[finite].abs().amax().item() if finite.any() else 0.0
-            bound = factor * allowed + roundings * torch.finfo(e.dtype).eps * max(scale, 1.0)
-            assert error <= bound or error <= bound + moved_by_rounding(op, args)[i]
+            slack = roundings * torch.finfo(e.dtype).eps * max(scale, 1.0)
+            if error > factor * allowed + slack:
+                errors, moves = on_neighbours(op, args)
+                assert error <= factor * max(allowed, errors[i]) + slack + moves[i]
 
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)

@@ -47,13 +47,15 @@ C10_ALWAYS_INLINE Pack kept_pack(const float* from, Count count) {
 
 int64_t padded_positions(int64_t positions) { return (positions + kWidth - 1) / kWidth * kWidth; }
 
-// Over the positions of one channel, in blocks: long float32 sums would lose digits.
+// Over the positions of one channel, in short blocks: long float32 sums would lose digits.
+constexpr int64_t kSummed = 1024;
+
 template <bool keeps, typename T>
 Sums channel_sums(float* kept, const T* grad, const T* x, int64_t positions, const Channel& channel) {
   Sums sums;
-  for (int64_t first = 0; first < positions; first += kBlockElements) {
+  for (int64_t first = 0; first < positions; first += kSummed) {
     Pack total = splat(0), product = splat(0);
-    each_pack(std::min(kBlockElements, positions - first), [&](int64_t i, auto count) VIDGEN_INLINE {
+    each_pack(std::min(kSummed, positions - first), [&](int64_t i, auto count) VIDGEN_INLINE {
       const Pack normalised = channel.normalise(load_pack(x + first + i, count));
       const Pack g = channel.before_silu<T>(load_pack(grad + first + i, count), normalised);
       if constexpr (keeps) keep_pack<T>(kept + first + i, g, count);

@@ -2,6 +2,7 @@
 """Tables of names: every released model fits its own, and what does not fit is named."""
 
 import importlib
+import re
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,45 @@ def test_our_own_readers_know_the_names_of_the_tables(tiny) -> None:
         convert = importlib.import_module(f"vidgen.models.{system}.checkpoint").convert_state_dict
         theirs = MODELS[system].layout("mindspeed-mm").to_theirs({name: lazy(t) for name, t in state.items()})
         assert set(theirs) != set(state) == set(convert(theirs))
+
+
+# How MindSpeed-MM cuts its tensors: written down from its converters, apart from the tables.
+BLOCK = r"videodit(_sparse)?_blocks\.#\."
+CUT = {
+    "opensora_plan_v1_3": {
+        "column": BLOCK + r"((self|cross)_atten\.proj_[qkv]|ff\.net\.0\.proj)\.(weight|bias)",
+        "row": BLOCK + r"((self|cross)_atten\.proj_out|ff\.net\.2)\.weight",
+    },
+    "cogvideox": {
+        "column": f"({BLOCK}" + r"(ff\.net\.0\.proj|scale_shift_table\.1)|adaLN_modulation\.1)\.(weight|bias)",
+        "row": BLOCK + r"(self_atten\.proj_out|ff\.net\.2)\.weight",
+        "qkv": BLOCK + r"self_atten\.proj_qkv\.(weight|bias)",
+    },
+    "opensora_v2": {},
+}
+LAST = {
+    "opensora_plan_v1_3": r"scale_shift_table|proj_out\.(weight|bias)",
+    "cogvideox": r"(norm_final|norm_out|proj_out_linear|adaLN_modulation\.1)\.(weight|bias)",
+}
+
+
+@pytest.mark.parametrize("system", CUT)
+def test_how_tensors_are_cut(system: str) -> None:
+    layout = MODELS[system].layout("mindspeed-mm")
+    for row in layout.rows:
+        kinds = [kind for kind, pattern in CUT[system].items() if re.fullmatch(pattern, row.theirs)]
+        assert row.split == (kinds[0] if kinds else "replicated"), row.theirs
+    counts = {kind: sum(row.split == kind for row in layout.rows) for kind in ("column", "row", "qkv")}
+    wanted = {"opensora_plan_v1_3": (14, 3, 0), "cogvideox": (6, 2, 2), "opensora_v2": (0, 0, 0)}
+    assert tuple(counts.values()) == wanted[system]
+
+
+@pytest.mark.parametrize("system", LAST)
+def test_on_which_stage_tensors_lie(system: str) -> None:
+    layout = MODELS[system].layout("mindspeed-mm")
+    for row in layout.rows:
+        if not re.match(BLOCK, row.theirs):
+            assert layout.on_last_stage(row.theirs) == bool(re.fullmatch(LAST[system], row.theirs)), row.theirs
 
 
 # What does not fit

@@ -103,11 +103,10 @@ def _has_hidden_group(mask: Tensor, k: int, pattern: str) -> bool:
 def sampler(case: Case, compare: Comparison) -> None:
     config = dict(case.meta["config"])
     compare.equal("prediction_type", config.pop("prediction_type"), "v_prediction")
-    spacing, zero_snr = config.pop("timestep_spacing"), config.pop("rescale_betas_zero_snr")
+    spacing, zero_snr = config.pop("timestep_spacing", "linspace"), config.get("rescale_betas_zero_snr", False)
+    table = _table(config)
     compare.equal("other settings", config, {})
     inputs, steps, scale = case.group("in/"), case.meta["steps"], case.meta["guidance_scale"]
-    plain = diffusion.v_prediction.linear_alphas_cumprod(dtype=torch.float32)
-    table = diffusion.open_sora_plan_alphas_cumprod() if zero_snr else plain
     schedule = diffusion.euler_ancestral_schedule(steps, table, spacing=spacing)
     latents, seen = [inputs["initial_noise"] * schedule.initial_std], []
 
@@ -133,31 +132,49 @@ def sampler(case: Case, compare: Comparison) -> None:
     for index, x in enumerate(latents):
         compare(f"latents_{index}", x, part="latents_1" if index == 1 else "later_latents")
     for index, x in enumerate(seen):
-        compare(f"model_input_{index}", x, part="latents_1" if index == 1 else "later_latents")
-    compare("ddpm_alphas_cumprod", table, part="tables")
+        if f"model_input_{index}" in compare.expected:
+            compare(f"model_input_{index}", x, part="latents_1" if index == 1 else "later_latents")
     last = torch.tensor([2.0**-24]) if zero_snr else table[-1:]
-    compare("alphas_cumprod", torch.cat([table[:-1], last]), part="tables")
+    for name, value in {"ddpm_alphas_cumprod": table, "alphas_cumprod": torch.cat([table[:-1], last])}.items():
+        if name in compare.expected:
+            compare(name, value, part="tables")
     # 1 - a is as small as 1e-4 where a is close to 1: the last bit of the table, which linspace and cumprod round
     # differently from machine to machine, is 3e-5 of a sigma. So the sigmas are those of the stored table.
-    for name, number in {"": steps, "_100": 100}.items():
+    numbers = {
+        found[1]: int(found[1][1:]) for name in compare.expected if (found := re.fullmatch(r"sigmas(_\d+)", name))
+    }
+    for name, number in {"": steps, **numbers}.items():
         timesteps, sigmas, _ = diffusion.euler_ancestral_schedule(
-            number, compare.expected["ddpm_alphas_cumprod"], spacing=spacing
+            number, compare.expected.get("ddpm_alphas_cumprod", table), spacing=spacing
         )
         compare(f"timesteps{name}", timesteps, part="tables")
         compare(f"sigmas{name}", sigmas, part="tables")
 
 
+def _table(settings: dict[str, Any]) -> Tensor:
+    """The levels of a scheduler's settings, which are taken out of them; what is absent is as in diffusers."""
+    schedule, zero_snr = settings.pop("beta_schedule", "linear"), settings.pop("rescale_betas_zero_snr", False)
+    count = settings.pop("num_train_timesteps", 1000)
+    ends = settings.pop("beta_start", 1e-4), settings.pop("beta_end", 0.02)
+    if zero_snr:
+        known = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+        if count != 1000 or known.get(schedule) != ends:
+            raise AssertionError(f"scheduler: unknown table {schedule} of {count} from {ends}")
+        return diffusion.open_sora_plan_alphas_cumprod(schedule)
+    tables = {
+        "linear": diffusion.v_prediction.linear_alphas_cumprod,
+        "scaled_linear": diffusion.v_prediction.scaled_linear_alphas_cumprod,
+    }
+    return tables[schedule](count, *ends, dtype=torch.float32)
+
+
 def train_loss(case: Case, compare: Comparison) -> None:
     inputs, settings = case.group("in/"), dict(case.meta["scheduler"])
-    wanted = {"cls": "DDPMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    schedule = settings.pop("beta_schedule")
-    start, end = (1e-4, 0.02) if schedule == "linear" else (0.00085, 0.012)
-    wanted |= {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end}
-    compare.equal("scheduler", settings, wanted)
-    table = diffusion.open_sora_plan_alphas_cumprod(schedule)
+    table = _table(settings)
+    compare.equal("scheduler", settings, {"cls": "DDPMScheduler", "prediction_type": "v_prediction"})
     model = _model(case.meta["config"], case.group("w/"), inpaint="Inpaint" in case.meta["cls"])
     noise = inputs["noise"]
-    if case.meta["noise_offset"]:
+    if case.meta.get("noise_offset"):
         (offsets,) = (t for name, t in inputs.items() if "offset" in name)
         noise = diffusion.offset_noise(noise, case.meta["noise_offset"], offsets)
     seen: dict[str, Tensor] = {}
@@ -175,7 +192,7 @@ def train_loss(case: Case, compare: Comparison) -> None:
         mask=inputs.get("attention_mask"),
         noise=noise,
         timesteps=inputs["timesteps"],
-        snr_gamma=case.meta["snr_gamma"],
+        snr_gamma=case.meta.get("snr_gamma"),
     )
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -184,9 +201,8 @@ def train_loss(case: Case, compare: Comparison) -> None:
     target = diffusion.v_prediction.velocity_target(inputs["latents"], noise, table, inputs["timesteps"])
     compare("velocity_target", target, part="grads")
     snr = diffusion.v_prediction.signal_to_noise(table, inputs["timesteps"])
-    for name, value in {"snr": snr}.items():
-        if name in compare.expected:
-            compare(name, value, part="grads")
+    if "snr" in compare.expected:
+        compare("snr", snr, part="grads")
     for name in case.group("out/grad/"):
         compare(f"grad/{name}", grads[name], part="grads")
     norm = torch.stack([g.double().square().sum() for g in grads.values() if g is not None]).sum().sqrt()
@@ -200,9 +216,9 @@ def wfvae(case: Case, compare: Comparison) -> None:
     with torch.no_grad():
         moments, bands = vae.encode_with_bands(inputs["video"])
         mean, logvar = moments.chunk(2, 1)
-        compare("moments", moments)
-        compare("mode", mean)
-        compare("std", (logvar.clamp(-30, 20) / 2).exp())
+        for name, value in {"moments": moments, "mode": mean, "std": (logvar.clamp(-30, 20) / 2).exp()}.items():
+            if name in expected:
+                compare(name, value)
         compare("latent_scaled", vae.encode(inputs["video"], noise=inputs["posterior_noise"]))
         decoded, decoder_bands = vae.decode_with_bands(inputs["latent"])
         compare("decoded", decoded)
@@ -228,7 +244,8 @@ def _vae(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     read_off = infer_config(weights, scale=wanted.scale, shift=wanted.shift, t_interpolation=wanted.t_interpolation)
     assert read_off == wanted, f"the weights say {read_off}, the configuration {wanted}"
     vae = WFVAE(wanted).eval()
-    vae.load_state_dict(weights, strict=True)
+    constants = {name: value for name, value in vae.state_dict().items() if "wavelet_transform" in name}
+    vae.load_state_dict({**constants, **weights}, strict=True)  # averaged checkpoints lack the constants
     return vae
 
 
@@ -238,8 +255,8 @@ def vae_blocks(case: Case, compare: Comparison) -> None:
 
     for name in compare.expected:
         x, weights = case.tensors[f"in/{name}"], case.group(f"w/{name}.")
-        channels, norm = x.shape[1], "groupnorm" if name.endswith("_gn") else "layernorm"
-        if name == "causalconv":
+        channels, norm = x.shape[1], "groupnorm" if "_gn" in name else "layernorm"
+        if name.startswith("causalconv"):
             weight = weights["conv.weight"]
             module: Any = layers.CausalConv3d(channels, weight.shape[0], weight.shape[2], padding=weight.shape[2] // 2)
         elif name.startswith("resnet2d"):
@@ -250,10 +267,10 @@ def vae_blocks(case: Case, compare: Comparison) -> None:
         elif name.startswith("attn"):
             module = layers.FrameAttention(channels, norm=norm)
         elif name.startswith("up3d"):
-            module = layers.Upsample3D(channels, t_interpolation=name.removeprefix("up3d_"))
+            module = layers.Upsample3D(channels, t_interpolation=name.split("_")[1])
         else:
             kinds = {"down2d": layers.Downsample2D, "down3d": layers.Downsample3D, "up2d": layers.Upsample2D}
-            module = kinds[name](channels)
+            module = kinds[name.split("_")[0]](channels)
         module.load_state_dict(weights, strict=True)
         compare(name, module(x, Stream()))
 
@@ -281,7 +298,7 @@ def vae_losses(case: Case, compare: Comparison) -> None:
     inputs, params = case.group("in/"), case.meta["params"]
     weights = {key: value for key, value in case.group("w/").items() if not key.startswith("discriminator.")}
     vae = _vae(case.meta["config"], weights).train()
-    compare.equal("norm", case.meta["disc"]["norm"], "BatchNorm3d in train mode")
+    compare.equal("norm", case.meta["disc"].get("norm", "BatchNorm3d in train mode"), "BatchNorm3d in train mode")
 
     def new_discriminator() -> PatchDiscriminator3D:
         discriminator = PatchDiscriminator3D(case.meta["disc"]["ndf"], case.meta["disc"]["n_layers"])
@@ -309,10 +326,12 @@ def vae_losses(case: Case, compare: Comparison) -> None:
     loss.backward()
     grads = {name: p.grad for name, p in vae.named_parameters()}
     active = params["global_step"] >= params["disc_start"]
-    compare("recon", output.reconstruction)
-    compare("disc_logits_fake_train_mode", new_discriminator()(output.reconstruction))
     compare("loss_generator", loss.reshape(1))
-    for name, value in {
+    values = {
+        "recon": output.reconstruction,
+        "disc_logits_fake_train_mode": new_discriminator()(output.reconstruction),
+    }
+    logged = {
         "total_loss": loss,
         "nll_loss": terms["reconstruction"],
         "rec_loss": terms["reconstruction"],
@@ -322,8 +341,10 @@ def vae_losses(case: Case, compare: Comparison) -> None:
         "d_weight": terms["adversarial_weight"] / params["disc_factor"],
         "logvar": torch.tensor(config.logvar),
         "disc_factor": torch.tensor(params["disc_factor"] * active),
-    }.items():
-        compare(f"log/{name}", value.reshape(1))
+    }
+    values |= {f"log/{name}": value.reshape(1) for name, value in logged.items()}
+    for name in compare.expected.keys() & values.keys():
+        compare(name, values[name])
 
     judge = new_discriminator()
     loss, logits = discriminator_loss(judge, inputs["video"], output.reconstruction)
@@ -352,7 +373,7 @@ def inpaint_masks(case: Case, compare: Comparison) -> None:
         form, kind = name.rsplit("_", 1)
         if name == "compressed_random":
             compare(name, inpaint.compress_mask(random))
-        elif name == "compressed_indices":
+        elif name.startswith("compressed_indices"):
             video = pixels.transpose(0, 1)
             _, mask = inpaint.place_frames(video[:, case.meta["indices"]], case.meta["indices"], frames)
             compare(name, compressed(mask, stored))

@@ -58,10 +58,8 @@ def _watch(model: Any, names: dict[str, Tensor], seen: dict[str, Tensor]) -> lis
             pick = lambda output, stream=stream: sequence_first(output[stream])  # noqa: E731
         elif skip := re.fullmatch(r"(skip_norm_linear(?:_enc)?)(\d+)", name):
             module, pick = getattr(model, skip[1])[int(skip[2])], sequence_first
-        elif name in ("patch_embed", "time_text_embed"):
-            module, pick = getattr(model, name), lambda output: output
         else:
-            raise AssertionError(f"{name}: unknown intermediate")
+            module, pick = model.get_submodule(name), lambda output: output
         hooks.append(module.register_forward_hook(keep(name, pick)))
     return hooks
 

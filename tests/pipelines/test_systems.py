@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vidgen.data.video import open_video, write_video
 from vidgen.models import opensora_v2
 from vidgen.pipelines import text_to_video
 from vidgen.pipelines.text_to_video import Request, SampleSettings, describe_sample, sample_videos
@@ -23,7 +24,7 @@ CASES = {
     "1.3 nothing given": ("opensora_plan_v1_3", "tiny_i2v", {}, (), 9),
     "1.3 i2v": ("opensora_plan_v1_3", "tiny_i2v", {}, ("red",), 9),
     "1.3 transition": ("opensora_plan_v1_3", "tiny_i2v", {"noise_strength": 0.1}, ("red", "blue"), 9),
-    "1.3 continuation": ("opensora_plan_v1_3", "tiny_i2v", {}, ("man",), 9),
+    "1.3 continuation": ("opensora_plan_v1_3", "tiny_i2v", {}, ("short",), 9),
     "1.3 random": ("opensora_plan_v1_3", "tiny_i2v", {"condition": "random_temporal"}, ("man",), 9),
     "1.3 clear": ("opensora_plan_v1_3", "tiny_i2v", {"condition": "clear"}, ("man",), 9),
     "1.5 t2v": ("opensora_plan_v1_5", "tiny", {}, (), 9),
@@ -50,8 +51,11 @@ def frames(path) -> torch.Tensor:
 
 
 @pytest.fixture
-def files(images, real_clip) -> dict[str, Path]:
-    return {"red": images[0], "blue": images[1], "man": real_clip}
+def files(images, real_clip, tmp_path_factory) -> dict[str, Path]:
+    short = tmp_path_factory.mktemp("short") / "short.mp4"  # five frames of the man
+    with open_video(real_clip) as reader:
+        write_video(short, reader.frames(range(5)), 8.0)
+    return {"red": images[0], "blue": images[1], "man": real_clip, "short": short}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,6 +203,15 @@ def test_what_does_not_fit_is_named(make_model, files, tmp_path, name):
             make_model(system, preset), [request], tmp_path, SampleSettings(**{**SMALL, "frames": 9, **changes})
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_videos_that_are_too_long_or_too_short(make_model, files, tmp_path):
+    model, requests = make_model("opensora_plan_v1_3", "tiny_i2v"), [Request("x", (files["short"],))]
+    settings = SampleSettings(**{**SMALL, "frames": 5})
+    with pytest.raises(ValueError, match="short.mp4 has 5 frames at 8 per second, which leaves nothing of 5"):
+        sample_videos(model, requests, tmp_path, settings)
+    with pytest.raises(ValueError, match="clear needs a video of 9 frames, .*short.mp4 has 5"):
+        sample_videos(model, requests, tmp_path, replace(settings, frames=9, condition="clear"))
 
 
 def test_missing_and_broken_references(make_model, tmp_path):
@@ -364,7 +377,7 @@ def test_given_frames_come_back(make_model, files, monkeypatch, tmp_path, name):
         assert torch.equal(latent[:, :, place], given["masked_latent"][:, :, place]) == (place in places)
 
 
-GIVEN = {"1.3 i2v": [0], "1.3 transition": [0, 8], "1.3 continuation": [*range(8)], "1.3 clear": [*range(9)]}
+GIVEN = {"1.3 i2v": [0], "1.3 transition": [0, 8], "1.3 continuation": [*range(5)], "1.3 clear": [*range(9)]}
 
 
 @pytest.mark.parametrize("name", GIVEN)

@@ -173,9 +173,14 @@ def given_video(job: Job, request: Request, generator: torch.Generator) -> tuple
     elif type_ in ("i2v", "transition"):
         frames = torch.cat([read[0][:, :1], *(clip[:, -1:] for clip in read[1:])], 1)
         video, mask = place_frames(frames, (0, -1)[: len(read)], job.frames)
-    elif type_ == "continuation":  # as much of the video as there is, but something must be left to generate
-        frames = read[0][:, : max(1, job.frames - 1)]
-        video, mask = place_frames(frames, range(frames.shape[1]), job.frames)
+    elif type_ == "continuation":
+        count = read[0].shape[1]
+        if count >= job.frames:
+            raise ValueError(
+                f"sample: {request.references[0]} has {count} frames at {job.fps:g} per second, which leaves nothing "
+                f"of {job.frames} to generate; wanted a shorter video or more frames"
+            )
+        video, mask = place_frames(read[0], range(count), job.frames)
     else:
         if read[0].shape[1] < job.frames:
             raise ValueError(

@@ -400,14 +400,17 @@ def pipeline(case: Case, compare: Comparison) -> None:
         inputs["initial_noise"],
         diffusion.euler_ancestral_schedule(steps),
         {name: inputs[stored] for name, stored in names.items()},
-        negative_conditioning={name: inputs[f"negative_{stored}"] for name, stored in names.items()},
+        negative_conditioning={
+            name: inputs[f"negative_{stored}"] for name, stored in names.items() if f"negative_{stored}" in inputs
+        },
         guidance_scale=settings["guidance_scale"],
-        guidance_rescale=settings["guidance_rescale"],
+        guidance_rescale=settings.get("guidance_rescale", 0.0),
         step_noises=[inputs[f"step_noise_{i}"] for i in range(steps)],
         on_step=lambda index, x: latents.append(x),
     )
     for index, x in enumerate(latents, 1):
-        compare(f"latents_{index}", x, part="latents_1" if index == 1 else "latents")
+        if f"latents_{index}" in compare.expected:
+            compare(f"latents_{index}", x, part="latents_1" if index == 1 else "latents")
     compare("latents", final, part="latents")
     with torch.no_grad():
         video = vae.decode(final)

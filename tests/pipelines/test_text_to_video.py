@@ -38,9 +38,11 @@ def test_sample_writes_a_playable_video_with_its_facts(model_folder, tmp_path):
         assert sheet.width > 9 * 48
 
 
-def frames(path):
-    with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+def pixels(result) -> torch.Tensor:
+    """What is below the label of the sheet: frames before they were encoded, which x264 does not always do alike."""
+    with Image.open(result["sheet"]) as sheet:
+        values = torch.frombuffer(bytearray(sheet.convert("RGB").tobytes()), dtype=torch.uint8)
+        return values.view(sheet.height, sheet.width, 3)[20:]
 
 
 def test_seeds_belong_to_prompts_not_to_calls(model_folder, tmp_path):
@@ -48,15 +50,15 @@ def test_seeds_belong_to_prompts_not_to_calls(model_folder, tmp_path):
     both = sample_videos(model_folder, ["a cat", "a dog"], tmp_path / "both", settings)
     alone = sample_videos(model_folder, ["a dog"], tmp_path / "alone", SampleSettings(seed=6, **SMALL))
     assert [result["seed"] for result in both] == [5, 6]
-    assert torch.equal(frames(both[1]["video"]), frames(alone[0]["video"]))
-    assert not torch.equal(frames(both[0]["video"]), frames(alone[0]["video"]))
+    assert torch.equal(pixels(both[1]), pixels(alone[0]))
+    assert not torch.equal(pixels(both[0]), pixels(alone[0]))
 
 
 def test_prompt_and_guidance_matter(model_folder, tmp_path):
     def sampled(prompt, **changes):
         settings = SampleSettings(**{**SMALL, "guidance": 30.0, "guidance_rescale": 0.0, **changes})
         (result,) = sample_videos(model_folder, [prompt], tmp_path, settings)
-        return frames(result["video"])
+        return pixels(result)
 
     first = sampled("a man talks in a car")
     assert torch.equal(first, sampled("a man talks in a car"))

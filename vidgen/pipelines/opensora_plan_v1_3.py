@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +24,17 @@ from vidgen.diffusion.inpaint import (
 )
 from vidgen.io import read_json
 from vidgen.models.autoencoders.wfvae import WFVAE
-from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
 from vidgen.models.opensora_plan_v1_3 import OpenSoraConfig, OpenSoraInpaint_v1_3, OpenSoraT2V_v1_3
 from vidgen.models.text import OPENSORA_PLAN_V1_3_NEGATIVE_PROMPT, T5TextEncoder
 
 from .folders import Parts, needed
 from .references import is_image, read_reference
-from .settings import Job, Request, chunk_latents, size_problems
+from .settings import Job, Request, size_problems
+from .wfvae import decode as decode
+from .wfvae import latent_shape as latent_shape
+from .wfvae import load_vae as load_vae
+from .wfvae import read_vae_config as read_vae_config
+from .wfvae import video_factors as video_factors
 
 DEFAULTS: dict[str, Any] = {
     "steps": 100,
@@ -53,23 +56,6 @@ def model_class(parts: Parts) -> type[OpenSoraT2V_v1_3]:
 
 def model_config(parts: Parts) -> OpenSoraConfig:
     return read_config(model_class(parts), parts.transformer)
-
-
-def read_vae_config(folder: Path) -> WFVAEConfig:
-    """The configuration of a VAE's folder."""
-    return read_config(WFVAE, folder)
-
-
-def video_factors(config: WFVAEConfig) -> tuple[int, int]:
-    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
-    factor, side, _ = config.vae_scale_factor
-    return factor, side
-
-
-def latent_shape(job: Job) -> list[int]:
-    """Frames, height and width of the latent."""
-    factor, side = video_factors(read_vae_config(needed(job.parts.vae)))
-    return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
 def kind(job: Job, request: Request) -> str:
@@ -130,10 +116,6 @@ def encode_text(encoder: T5TextEncoder, text: str) -> dict[str, Tensor]:
 def texts(job: Job, request: Request) -> tuple[str, str]:
     """The positive and the negative text of a request, as the encoder is to see them."""
     return job.parts.prompt_prefix + request.prompt, job.negative(request)
-
-
-def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> WFVAE:
-    return WFVAE.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> OpenSoraT2V_v1_3:
@@ -237,9 +219,3 @@ class Draws(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.draw()
-
-
-def decode(vae: WFVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``."""
-    chunk = chunk_latents(job, vae.frames_per_latent)
-    return vae.decode_stream(latent, chunk_latents=chunk, tile_size=job.settings.tile_size)

@@ -3,42 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vidgen.checkpoints.hf import read_config
 from vidgen.diffusion import sample, shifted_linear_schedule
-from vidgen.models.autoencoders.wfvae import WFVAE
-from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
 from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
 from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
 
 from .folders import Parts, needed
-from .settings import Job, Request, chunk_latents, size_problems
+from .settings import Job, Request, size_problems
+from .wfvae import decode as decode
+from .wfvae import latent_shape as latent_shape
+from .wfvae import load_vae as load_vae
+from .wfvae import read_vae_config as read_vae_config
+from .wfvae import video_factors as video_factors
 
 DEFAULTS = {"steps": 50, "guidance": 8.0, "guidance_rescale": 0.7, "shift": 7.0, "negative_prompt": ""}
 
 Encoders = tuple[T5TextEncoder, CLIPTextEncoder]
-
-
-def read_vae_config(folder: Path) -> WFVAEConfig:
-    """The configuration of a VAE's folder."""
-    return read_config(WFVAE, folder)
-
-
-def video_factors(config: WFVAEConfig) -> tuple[int, int]:
-    """Frames are a multiple of the first number and one more, height and width multiples of the second."""
-    factor, side, _ = config.vae_scale_factor
-    return factor, side
-
-
-def latent_shape(job: Job) -> list[int]:
-    """Frames, height and width of the latent."""
-    factor, side = video_factors(read_vae_config(needed(job.parts.vae)))
-    return [(job.frames - 1) // factor + 1, job.height // side, job.width // side]
 
 
 def kind(job: Job, request: Request) -> str:
@@ -78,10 +63,6 @@ def texts(job: Job, request: Request) -> tuple[str, str]:
     return job.parts.prompt_prefix + request.prompt, job.negative(request)
 
 
-def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> WFVAE:
-    return WFVAE.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
-
-
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> SparseUMMDiT:
     return SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
@@ -116,9 +97,3 @@ def sample_latents(
         guidance_scale=needed(settings.guidance),
         guidance_rescale=needed(settings.guidance_rescale),
     )
-
-
-def decode(vae: WFVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``."""
-    chunk = chunk_latents(job, vae.frames_per_latent)
-    return vae.decode_stream(latent, chunk_latents=chunk, tile_size=job.settings.tile_size)

@@ -398,3 +398,17 @@ def test_frames_that_version_1_3_is_given(make_model, files, name):
     assert [place for place in range(count) if mask[0, 0, place] == 0] == GIVEN[name]
     black = (video == -1).all(1).flatten(2).all(2)[0]
     assert [place for place in range(count) if not black[place]] == GIVEN[name]
+
+
+@pytest.mark.parametrize("name", ["1.3 i2v", "1.3 transition", "1.3 continuation", "1.3 random", "1.3 clear"])
+def test_frames_to_generate_are_hidden_from_the_inpainting_model(make_model, files, name):
+    from vidgen.pipelines import opensora_plan_v1_3
+
+    system, preset, changes, references, count = CASES[name]
+    request = Request("a man", tuple(files[reference] for reference in references))
+    settings = SampleSettings(**{**SMALL, "frames": count, **changes})
+    job = text_to_video.plan(make_model(system, preset), settings, [request])
+    video, mask = opensora_plan_v1_3.given_video(job, request, torch.Generator().manual_seed(1))
+    hidden = mask.flatten().bool()
+    assert (video[:, :, hidden] == -1).all()
+    assert (video[:, :, ~hidden] > -1).any() and bool(hidden.any()) == (name != "1.3 clear")

@@ -5,6 +5,9 @@ Attention tensors are ``(batch, sequence, heads, head_dim)``; videos and latents
 ``(batch, channels, frames, height, width)``; tokens run over frames, then rows, then columns.
 """
 
+import importlib
+import os
+
 from ._registry import OPS, explain, table, use_backend
 from .adaln_modulate import adaln_modulate
 from .attention import attention, attention_lse
@@ -23,6 +26,10 @@ from .skiparse_index import skiparse_index, skiparse_padded_length
 
 # The kernels join schemas that the imports above define.
 from ._native import cpu_capability, status as native_status  # isort: skip
+
+if os.environ.get("TRITON_INTERPRET") == "1" and native_status is not None:
+    # Triton's interpreter runs kernels for accelerators on CPU tensors: slowly, to test their logic.
+    importlib.import_module("vidgen.ops._backends").register("cpu")
 
 __all__ = [
     "OPS",

@@ -2,18 +2,21 @@
 """Where an op's meaning meets its implementations.
 
 An op has one meaning: a schema, a check, a reference in plain PyTorch, a fake and a backward.
-Its implementations register under PyTorch's dispatch keys: C++ under CPU (``csrc/cpu``), others
-with :meth:`Op.add_backend`. The reference stands under CompositeExplicitAutograd and so serves
-every device that has nothing better; ``VIDGEN_STRICT=1`` makes that an error.
+C++ registers under the dispatch key CPU (``csrc/cpu``); other implementations join with
+:meth:`Op.add_backend`, those of an accelerator when it is first used (``_backends``). The reference
+stands under CompositeExplicitAutograd and so serves every device that has nothing better;
+``VIDGEN_STRICT=1`` makes that an error.
 
 Two kinds of op exist. Most are opaque to autograd and to the compiler and so bring a fake and a
 backward. A *composite* op only arranges PyTorch operators that already have both, and decomposes
-into them; beside that arrangement it still has a reference written as the plain formula.
+into them; beside that arrangement it still has a reference written as the plain formula. Its backends
+are such arrangements too: differentiable as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +33,11 @@ _forced: str | None = os.environ.get("VIDGEN_BACKEND") or None
 _strict: bool = os.environ.get("VIDGEN_STRICT", "0") not in ("", "0")
 _explained: str | None = None  # name of the op whose next call only says which arguments it got
 
+_loaded: set[str] = {"cpu", "meta"}  # device types whose backends have been looked for
+
 Choose = Callable[[Sequence[Any]], Any]
+KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1", "meta": "Meta"}
+PLAIN = ("composite", "reference")  # implementations in PyTorch's own operators, on every device
 
 
 def refuse_dtype(*args: Any) -> str | None:
@@ -106,7 +113,7 @@ class Op:
         self.name = self.schema.split("(")[0]
         _library.define(self.schema)
         if self.composite is not None:
-            _library.impl(self.name, self.composite, "CompositeImplicitAutograd")
+            _library.impl(self.name, self._route, "CompositeImplicitAutograd")
         else:
             if self.fake is None:
                 raise ValueError(f"{self.name}: an op that is not composite needs a fake")
@@ -114,6 +121,8 @@ class Op:
             # Native kernels call this one for what they do not take themselves, float64 above all.
             _library.define(self.schema.replace("(", "_reference(", 1))
             _library.impl(f"{self.name}_reference", self._fall_back, "CompositeExplicitAutograd")
+            for device in ("cuda", "npu"):
+                _library.impl(self.name, self._route, KEYS[device])
             torch.library.register_fake(f"vidgen::{self.name}", self.fake, lib=_library)
             if self.backward is not None:
                 torch.library.register_autograd(
@@ -123,7 +132,7 @@ class Op:
         if self.out_shape is not None:
             head, _ = self.schema.rsplit(")", 1)
             _library.define(head.replace("(", ".out(", 1) + ", *, Tensor(a!) out) -> ()")
-            _library.impl(f"{self.name}.out", self._reference_into, "CompositeExplicitAutograd")
+            _library.impl(f"{self.name}.out", self._into, "CompositeExplicitAutograd")
             torch.library.register_fake(f"vidgen::{self.name}.out", lambda *args, out: None, lib=_library)
         OPS[self.name] = self
 
@@ -135,8 +144,8 @@ class Op:
         if _explained == self.name:
             raise _Reached(args)
         self.check(*args)
-        if _forced is not None:
-            return self._named(_forced, args).run(*args)
+        if _forced is not None and (forced := self._named(_forced, args)).name in PLAIN:
+            return forced.run(*args)
         return self.overload(*args)
 
     def into(self, out: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -161,8 +170,13 @@ class Op:
             getattr(torch.ops.vidgen, self.name).out(*args, out=out)
         return out
 
-    def _reference_into(self, *args: Any, out: torch.Tensor) -> None:
-        out.copy_(self._fall_back(*args))
+    def _into(self, *args: Any, out: torch.Tensor) -> None:
+        out.copy_(self._route(*args))
+
+    def _route(self, *args: Any) -> Any:
+        """What stands under the dispatch keys that several implementations share."""
+        backend = self._first(_device(args), args) if _forced is None else self._named(_forced, args)
+        return self._fall_back(*args) if backend.name == "reference" else backend.run(*args)
 
     def _fall_back(self, *args: Any) -> Any:
         """The reference where nobody asked for it: the dispatcher or a kernel found nothing better."""
@@ -182,19 +196,18 @@ class Op:
         """Let ``backend`` serve ``device``, ahead of the reference and behind those added before."""
         chain = self.backends.setdefault(device, [])
         chain.append(backend)
-        if len(chain) == 1:
-            _library.impl(self.name, lambda *args: self._first(device, args).run(*args), _key(device))
+        if device == "cpu" and len(chain) == 1 and self.composite is None:
+            _library.impl(self.name, self._route, KEYS[device])
 
     def candidates(self, device: str) -> list[Backend]:
         """All implementations for ``device``, best first; the reference is always last."""
+        _load(device)
         found = list(self.backends.get(device, []))
-        native = self.composite is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"vidgen::{self.name}", _key(device)
-        )
-        if native and not found:
-            found.append(Backend(f"{device}_cpp", self.overload, self.native_refuses))
+        native = device == "cpu" and self.composite is None and not found
+        if native and torch._C._dispatch_has_kernel_for_dispatch_key(f"vidgen::{self.name}", KEYS[device]):
+            found.append(Backend("cpu_cpp", self.overload, self.native_refuses))
         if self.composite is not None:
-            found.append(Backend("composite", self.overload))
+            found.append(Backend("composite", self.composite))
         return [*found, Backend("reference", self.reference)]
 
     def explain(self, *args: Any) -> str:
@@ -209,12 +222,10 @@ class Op:
         return "\n".join(lines)
 
     def _first(self, device: str, args: tuple[Any, ...]) -> Backend:
-        first, *others = self.candidates(device)
-        if first.refuse(*args) is None:
-            return first
-        if _strict:
-            raise RuntimeError(f"{self.name}: VIDGEN_STRICT is set: {self._why(args)}")
-        return next(b for b in others if b.refuse(*args) is None)
+        for backend in self.candidates(device):
+            if backend.refuse(*args) is None:
+                return backend
+        raise AssertionError("the reference refuses nothing")
 
     def _named(self, name: str, args: tuple[Any, ...]) -> Backend:
         for backend in self.candidates(_device(args)):
@@ -277,5 +288,8 @@ def _device(args: tuple[Any, ...]) -> str:
     return next(a.device.type for a in args if isinstance(a, torch.Tensor))
 
 
-def _key(device: str) -> str:
-    return {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1", "meta": "Meta"}[device]
+def _load(device: str) -> None:
+    """Import the backends of a device type when it is first asked for."""
+    if device not in _loaded:
+        _loaded.add(device)
+        importlib.import_module("vidgen.ops._backends").register(device)

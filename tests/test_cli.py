@@ -190,9 +190,9 @@ def test_env_gives_a_reason_for_each_no(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["ops"].keys() == ops.OPS.keys()
     for row in facts["ops"].values():
-        assert row.keys() == {"cpu_cpp", "cuda", "npu", "composite", "reference"}
+        assert {"cpu cpu_cpp", "any composite", "any reference"} < row.keys()
         assert all(reason is None or reason for reason in row.values())
-        assert row["reference"] is None
+        assert row["any reference"] is None
     assert cli.main(["env"]) == 0
     text = capsys.readouterr().out
     assert "skiparse_attention" in text and facts["versions"]["torch"] in text
@@ -205,4 +205,4 @@ def test_env_without_the_compiled_kernels(tmp_path):
     result = subprocess.run(command, env={**environment(), "VIDGEN_NATIVE": "0"}, capture_output=True, text=True)
     facts = json.loads(result.stdout)
     assert facts["native"] == "switched off by VIDGEN_NATIVE=0"
-    assert facts["native"] in facts["ops"]["adaln_modulate"]["cpu_cpp"]
+    assert facts["native"] in facts["ops"]["adaln_modulate"]["cpu cpu_cpp"]

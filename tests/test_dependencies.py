@@ -146,6 +146,45 @@ def test_device_words(line: str, found: bool) -> None:
     assert bool(DEVICE_WORDS.search(line)) == found
 
 
+# Where devices and the libraries of processes on them may be named: here, and where backends join their ops.
+DEVICE_NAMES = re.compile(r"\b(cuda|npu|gloo|nccl|hccl)\b")
+MAY_NAME_DEVICES = ("device.py", "ops/_registry.py", "ops/_backends/")
+
+
+def device_names(source: str) -> Iterator[tuple[int, str]]:
+    """Lines with a device's name as a word of code or of a string; comments and documentation may speak of devices."""
+    for node in ast.walk(ast.parse(source)):
+        words = {ast.Name: "id", ast.Attribute: "attr", ast.keyword: "arg", ast.arg: "arg"}.get(type(node))
+        text = getattr(node, words) if words else node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and "\n" not in text and len(text) < 100 and DEVICE_NAMES.search(text):
+            yield node.lineno, text
+
+
+def test_only_device_py_names_devices() -> None:
+    found = []
+    for path in sources():
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(MAY_NAME_DEVICES):
+            found += [f"vidgen/{name}:{line}: {text}" for line, text in device_names(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("x.cuda()", True),
+        ("torch.device('npu')", True),
+        ("f'{x}: cuda'", True),
+        ("init(backend='nccl')", True),
+        ("# cuda", False),
+        ("import torch_npu", False),
+        ("input_cuda_like = 1", False),
+    ],
+)
+def test_names_of_devices_in_code(line: str, found: bool) -> None:
+    assert bool(list(device_names(line))) == found
+
+
 # Importing
 
 

@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(_verb(verbs, "convert", _convert, "weights from one system's files to another's"))
     env = _verb(verbs, "env", _env, "versions, devices, and which kernels can run")
     env.add_argument("--json", action="store_true", help="as JSON")
+    env.add_argument("--variables", action="store_true", help="variables of the environment: values, meaning, advice")
+    env.add_argument("--exports", metavar="KIND", help="lines for a shell that set what is suggested for such devices")
     return parser
 
 
@@ -70,7 +72,7 @@ def _verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentPar
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, npu (default auto)")
+    parser.add_argument("--device", default="auto", help="one that vidgen env lists, or auto, the best (default)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default fp32")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and shapes, do nothing")
 
@@ -225,8 +227,13 @@ def _convert(options: argparse.Namespace) -> int:
 def _env(options: argparse.Namespace) -> int:
     from vidgen import environment
 
-    facts = environment.report()
-    print(json.dumps(facts, indent=2) if options.json else environment.text(facts))
+    if options.variables:
+        print(environment.variables(os.environ))
+    elif options.exports is not None:
+        print("\n".join(environment.exports(options.exports, os.environ)))
+    else:
+        facts = environment.report()
+        print(json.dumps(environment.as_json(facts), indent=2) if options.json else environment.text(facts))
     return 0
 
 

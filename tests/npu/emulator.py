@@ -3,7 +3,7 @@
 
 Needs the stand-ins of cann_stubs.py: they give the device host memory, so allocation and copies work while every kernel
 launch fails. Under ``with NpuEmulator(REFERENCE):`` an operator that touches an npu tensor is carried out by the CPU on
-that same memory. The operators npu:: have no CPU kernel; they are computed by the formulas in emulator_reference.py, and
+that same memory. The operators npu:: have no CPU kernel; the formulas in emulator_reference.py stand for them, and
 one that is not there raises. Operators of other libraries run as they are, and what they call comes here again.
 
 Real in this arrangement: schemas, the Python interface, the autograd wiring inside torch_npu, autocast, devices,

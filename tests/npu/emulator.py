@@ -21,7 +21,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-# They only describe or allocate memory, which the stand-ins can do.
+from .emulator_internals import internals, replace_what_modes_do_not_see
+
+# They only describe or allocate memory, which the stand-ins can do. Some operators that PyTorch counts as views copy.
+COPYING = ("aten::contiguous", "aten::reshape")
 NATIVE = ("aten::empty", "aten::detach", "aten::alias", "aten::set_", "aten::resize_", "aten::record_stream")
 
 
@@ -30,8 +33,9 @@ class NpuEmulator(TorchDispatchMode):
 
     def __init__(self, reference: dict[str, Callable[..., Any]]) -> None:
         super().__init__()
-        self.reference = reference
+        self.reference = {**internals(reference), **reference}
         self.calls: Counter[str] = Counter()
+        replace_what_modes_do_not_see()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
@@ -39,18 +43,18 @@ class NpuEmulator(TorchDispatchMode):
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if not any(t.device.type == "npu" for t in tensors) and (target is None or target.type != "npu"):
             return func(*args, **kwargs)
-        if func.is_view or name.startswith(NATIVE):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # inside the kernel of an op of ours the dispatcher no longer takes such operators apart
+                return func.decompose(*args, **kwargs)
+        if name.startswith(NATIVE) or (func.is_view and not (name in COPYING and copies(func, *args, **kwargs))):
             return func(*args, **kwargs)
         self.calls[name] += 1
         if func.namespace not in ("aten", "npu"):
             with self:  # a call by the dispatcher would come here again: name the kernel
                 return func._op_dk(torch._C.DispatchKey.PrivateUse1, *args, **kwargs)
-        if func.namespace == "npu":
-            if name not in self.reference:
-                raise NotImplementedError(f"{name}: emulator_reference.py has no formula for it")
-            run: Callable[..., Any] = self.reference[name]
-        else:
-            run = func
+        if func.namespace == "npu" and name not in self.reference:
+            raise NotImplementedError(f"{name}: emulator_reference.py has no formula for it")
+        run = self.reference.get(name, func)
         given: dict[int, torch.Tensor] = {id(t): t for t in tensors}
 
         def lower(leaf: Any) -> Any:
@@ -79,8 +83,13 @@ class NpuEmulator(TorchDispatchMode):
         return tree_map(lift, run(*low_args, **low_kwargs))
 
 
+def copies(func: Any, t: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    low = same_memory(t)
+    return func(low, *args, **kwargs).data_ptr() != low.data_ptr()
+
+
 def same_memory(t: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the memory of an npu tensor, with its strides."""
+    """A CPU tensor over the memory of an npu tensor, with its strides. It does not keep that memory alive."""
     size = t.untyped_storage().nbytes()
     if t.numel() == 0 or size == 0:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)

@@ -148,6 +148,13 @@ def order(statistics: Tensor, softmax_layout: str) -> Tensor:
     return statistics.contiguous().view(statistics.shape[1], statistics.shape[0], 8)
 
 
+def heads_first(statistics: Tensor, softmax_layout: str) -> Tensor:
+    """The inverse, (1, N, S, 8)."""
+    if softmax_layout == "TND":
+        return statistics.transpose(0, 1)[None]
+    return statistics.contiguous().view(1, statistics.shape[1], statistics.shape[0], 8)
+
+
 @reference
 def npu_fusion_attention_grad(
     query: Tensor,
@@ -183,6 +190,25 @@ def npu_fusion_attention_grad(
 ) -> tuple[Any, ...]:
     unsupported(pse=pse, prefix=prefix, sink=sink, keep_prob=None if keep_prob == 1 else keep_prob)
     assert attention_in is not None and softmax_max is not None and softmax_sum is not None
+    if input_layout == "TND":
+        assert actual_seq_qlen is not None and actual_seq_kvlen is not None
+        gradients, q0, k0 = [], 0, 0
+        for q1, k1 in zip(actual_seq_qlen, actual_seq_kvlen, strict=True):
+            one = npu_fusion_attention_grad(
+                *(query[None, q0:q1], key[None, k0:k1], value[None, k0:k1], dy[None, q0:q1], head_num, "BSND"),
+                atten_mask=atten_mask,
+                softmax_max=heads_first(softmax_max[q0:q1], softmax_layout),
+                softmax_sum=heads_first(softmax_sum[q0:q1], softmax_layout),
+                attention_in=attention_in[None, q0:q1],
+                scale_value=scale_value,
+                pre_tockens=pre_tockens,
+                next_tockens=next_tockens,
+                sparse_mode=sparse_mode,
+            )
+            gradients.append([g[0] for g in one[:3]])
+            q0, k0 = q1, k1
+        joined = [torch.cat(parts) for parts in zip(*gradients, strict=True)]
+        return (*joined, query.new_empty(0), query.new_empty(0))
     q, k, v, g, o = (split_layout(t, input_layout, head_num).float() for t in (query, key, value, dy, attention_in))
     if q.shape[1] != k.shape[1]:
         raise NotImplementedError("the gradient of grouped queries is not modelled")
@@ -286,6 +312,62 @@ def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
 @reference
 def npu_gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(input, approximate=approximate)
+
+
+@reference
+def npu_gelu_backward(grad_output: Tensor, input: Tensor, *, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu_backward(grad_output, input, approximate=approximate)
+
+
+@reference
+def npu_group_norm_swish(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float | None = 1e-5,
+    swish_scale: float | None = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert eps is not None and swish_scale is not None
+    groups = input.float().reshape(input.shape[0], num_groups, -1)
+    variance, mean = torch.var_mean(groups, -1, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    normalised = ((groups - mean[..., None]) * rstd[..., None]).view(input.shape)
+    z = normalised * channels(weight, input) + channels(bias, input)
+    y = z * torch.sigmoid(swish_scale * z)
+    return y.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)
+
+
+def channels(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.float().view(-1, *[1] * (x.dim() - 2))
+
+
+@reference
+def npu_group_norm_swish_grad(
+    grad: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_input_mask: Sequence[bool],
+    swish_scale: float | None = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the statistics that were given, so that wrong ones show."""
+    assert swish_scale is not None
+    groups = input.float().reshape(input.shape[0], num_groups, -1)
+    normalised = ((groups - mean.float()[..., None]) * rstd.float()[..., None]).view(input.shape)
+    z = normalised * channels(weight, input) + channels(bias, input)
+    sigmoid = torch.sigmoid(swish_scale * z)
+    through = grad.float() * sigmoid * (1 + swish_scale * z * (1 - sigmoid))
+    rest = [d for d in range(input.dim()) if d != 1]
+    inner = (through * channels(weight, input)).reshape(groups.shape)
+    n = normalised.reshape(groups.shape)
+    dx = rstd.float()[..., None] * (inner - inner.mean(-1, keepdim=True) - n * (inner * n).mean(-1, keepdim=True))
+    results = (dx.view(input.shape), (through * normalised).sum(rest), through.sum(rest))
+    wanted = zip(results, grad_input_mask, strict=True)
+    return tuple(t.to(input.dtype) if asked else input.new_empty(0) for t, asked in wanted)  # type: ignore[return-value]
 
 
 @reference

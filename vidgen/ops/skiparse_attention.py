@@ -31,43 +31,45 @@ SCHEMA = (
 )
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sparse_n: int,
-    pattern: str,
-    text_q: Tensor | None,
-    text_k: Tensor | None,
-    text_v: Tensor | None,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    scale: float | None,
-    grouped: bool,
-    num_tokens: int,
-) -> None:
-    name = "skiparse_attention"
-    require_pattern(name, sparse_n, pattern)
-    check_qkv(name, q, k, v)
-    batch, rows, heads, dim = q.shape
-    if k.shape != q.shape:
-        raise ValueError(f"{name}: k and v must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    if grouped and pattern == "single" and sparse_n > 1:
-        raise ValueError(f"{name}: grouped is for pattern 'group' only, got {pattern!r}")
-    if rows != (skiparse_padded_length(num_tokens, sparse_n) if grouped else num_tokens):
-        raise ValueError(f"{name}: {rows} rows do not hold num_tokens={num_tokens} at sparse_n={sparse_n}")
-    if (text_k is None) != (text_v is None) or (text_k is None and (text_q is not None or text_mask is not None)):
-        raise ValueError(f"{name}: text_k and text_v go together, and text_q and text_mask need both")
-    if text_k is not None and text_v is not None:
-        check_qkv(name, text_k if text_q is None else text_q, text_k, text_v, "text_")
-        if (text_k.shape[0], *text_k.shape[2:]) != (batch, heads, dim) or text_k.dtype != q.dtype:
-            raise ValueError(f"{name}: text must match q, {describe(q)}, got text_k {describe(text_k)}")
-        require_device(name, "text_k", text_k, q)
-    for label, m, tokens in (("mask", mask, num_tokens), ("text_mask", text_mask, _tokens(text_k))):
-        if m is not None:
-            if m.dtype != torch.bool or tuple(m.shape) != (batch, tokens):
-                raise ValueError(f"{name}: {label} must be {(batch, tokens)} of bool, got {describe(m)}")
-            require_device(name, label, m, q)
+def checker(name: str) -> Callable[..., None]:
+    def check(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sparse_n: int,
+        pattern: str,
+        text_q: Tensor | None,
+        text_k: Tensor | None,
+        text_v: Tensor | None,
+        mask: Tensor | None,
+        text_mask: Tensor | None,
+        scale: float | None,
+        grouped: bool,
+        num_tokens: int,
+    ) -> None:
+        require_pattern(name, sparse_n, pattern)
+        check_qkv(name, q, k, v)
+        batch, rows, heads, dim = q.shape
+        if k.shape != q.shape:
+            raise ValueError(f"{name}: k and v must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+        if grouped and pattern == "single" and sparse_n > 1:
+            raise ValueError(f"{name}: grouped is for pattern 'group' only, got {pattern!r}")
+        if rows != (skiparse_padded_length(num_tokens, sparse_n) if grouped else num_tokens):
+            raise ValueError(f"{name}: {rows} rows do not hold num_tokens={num_tokens} at sparse_n={sparse_n}")
+        if (text_k is None) != (text_v is None) or (text_k is None and (text_q is not None or text_mask is not None)):
+            raise ValueError(f"{name}: text_k and text_v go together, and text_q and text_mask need both")
+        if text_k is not None and text_v is not None:
+            check_qkv(name, text_k if text_q is None else text_q, text_k, text_v, "text_")
+            if (text_k.shape[0], *text_k.shape[2:]) != (batch, heads, dim) or text_k.dtype != q.dtype:
+                raise ValueError(f"{name}: text must match q, {describe(q)}, got text_k {describe(text_k)}")
+            require_device(name, "text_k", text_k, q)
+        for label, m, tokens in (("mask", mask, num_tokens), ("text_mask", text_mask, _tokens(text_k))):
+            if m is not None:
+                if m.dtype != torch.bool or tuple(m.shape) != (batch, tokens):
+                    raise ValueError(f"{name}: {label} must be {(batch, tokens)} of bool, got {describe(m)}")
+                require_device(name, label, m, q)
+
+    return check
 
 
 def _tokens(text: Tensor | None) -> int:
@@ -90,9 +92,36 @@ def reference(
     num_tokens: int,
 ) -> list[Tensor]:
     """Dense attention under a mask: no layout, no padding, straight from the table in skiparse_index."""
-    group, position = skiparse_index(num_tokens, sparse_n, pattern, device=q.device)
+    q, k, v, own, shown = as_one_sequence(
+        q, k, v, sparse_n, pattern, text_k, text_v, mask, text_mask, grouped, num_tokens
+    )
+    out = [attend_plainly(q, k, v, own, scale)]
+    if text_q is not None:
+        per_group = [attend_plainly(text_q, k, v, shown[:, g], scale) for g in range(sparse_n)]
+        out.append(torch.stack(per_group).mean(0))
+    return out
+
+
+def as_one_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_n: int,
+    pattern: str,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    grouped: bool,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``q``, ``k`` and ``v`` in the order of the tokens, with the text's keys and values behind them.
+
+    With them which keys each token sees, ``(batch, tokens, keys)``, and each group, ``(batch, sparse_n, keys)``.
+    """
+    group, _ = skiparse_index(num_tokens, sparse_n, pattern, device=q.device)
     if grouped:
-        row = group * (q.shape[1] // sparse_n) + position
+        row = grouped_rows(num_tokens, sparse_n, q)
         q, k, v = (t[:, row] for t in (q, k, v))
     text = _tokens(text_k)
     if text_k is not None and text_v is not None:
@@ -107,14 +136,13 @@ def reference(
         same = of[:, None] == group[None, :]
         return F.pad(same, (0, text), value=True)[None] & shown[:, None]
 
-    out = [attend_plainly(q, k, v, members(group), scale)]
-    if text_q is not None:
-        per_group = [
-            attend_plainly(text_q, k, v, members(g.expand(text_q.shape[1])), scale)
-            for g in torch.arange(sparse_n, device=q.device)
-        ]
-        out.append(torch.stack(per_group).mean(0))
-    return out
+    return q, k, v, members(group), members(torch.arange(sparse_n, device=q.device))
+
+
+def grouped_rows(num_tokens: int, sparse_n: int, x: Tensor) -> Tensor:
+    """Where each token stands in the group layout."""
+    group, position = skiparse_index(num_tokens, sparse_n, "group", device=x.device)
+    return group * (x.shape[1] // sparse_n) + position
 
 
 def composite(
@@ -139,26 +167,29 @@ def composite(
     """
     single = pattern == "single" or sparse_n == 1
     pattern = "single" if single else pattern
-    whole = skiparse_padded_length(num_tokens, sparse_n) == num_tokens
-
-    def groups(x: Tensor, text: Tensor | None) -> Tensor:
-        """(batch, sparse_n, places + text, heads, head_dim): a view where it can be, else one copy."""
-        places = x.shape[1] // sparse_n
-        if single and whole and text is None:
-            return x.unflatten(1, (places, sparse_n)).transpose(1, 2)
-        if single or not grouped:
-            return skiparse_groups.overload(x, text, sparse_n, pattern)
-        parts = x.unflatten(1, (sparse_n, places))
-        return parts if text is None else torch.cat((parts, in_every_group(text, sparse_n)), 2)
-
+    layout = (sparse_n, pattern, grouped, num_tokens)
     attend = attend_single if single else attend_group
-    queries, keys, values = groups(q, None), groups(k, text_k), groups(v, text_v)
+    queries, keys, values = in_groups(q, None, *layout), in_groups(k, text_k, *layout), in_groups(v, text_v, *layout)
     allowed = key_mask(q, sparse_n, pattern, text_k, mask, text_mask, num_tokens)
     out = attend(queries, keys, values, allowed, scale)
     visual = groups_to_tokens(out, num_tokens, pattern)
     if text_q is None:
         return [visual]
     return [visual, attend(in_every_group(text_q, sparse_n), keys, values, allowed, scale).mean(1)]
+
+
+def in_groups(x: Tensor, text: Tensor | None, sparse_n: int, pattern: str, grouped: bool, num_tokens: int) -> Tensor:
+    """(batch, sparse_n, places + text, heads, head_dim): a view where it can be, else one copy.
+
+    Of the pattern "single", tokens of one place lie side by side: (batch, places + text, sparse_n, ...) in memory.
+    """
+    places, single = x.shape[1] // sparse_n, pattern == "single"
+    if single and text is None and skiparse_padded_length(num_tokens, sparse_n) == num_tokens:
+        return x.unflatten(1, (places, sparse_n)).transpose(1, 2)
+    if single or not grouped:
+        return skiparse_groups.overload(x, text, sparse_n, pattern)
+    parts = x.unflatten(1, (sparse_n, places))
+    return parts if text is None else torch.cat((parts, in_every_group(text, sparse_n)), 2)
 
 
 def in_every_group(text: Tensor, sparse_n: int) -> Tensor:
@@ -300,7 +331,7 @@ def cost(q: Tensor, k: Tensor, v: Tensor, sparse_n: int, pattern: str, text_q: T
     return Cost(bytes=4 * batch * (tokens + text) * heads * dim * q.element_size(), flops=flops)
 
 
-op = Op(SCHEMA, check, reference, samples, workloads, random_args, cost, composite=composite)
+op = Op(SCHEMA, checker("skiparse_attention"), reference, samples, workloads, random_args, cost, composite=composite)
 
 
 def skiparse_attention(

@@ -204,6 +204,14 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """As ring-flash-attention writes it: out_a - sigmoid(lse_b - lse_a) * (out_a - out_b)."""
+    weight = torch.sigmoid(lse_b - lse_a).transpose(1, 2).unsqueeze(-1)
+    a, b = out_a.to(lse_a.dtype), out_b.to(lse_a.dtype)
+    out = a - weight * (a - b)
+    return out.to(out_a.dtype), lse_a - F.logsigmoid(lse_a - lse_b)
+
+
 def skiparse_attention(
     q: Tensor,
     k: Tensor,
@@ -332,6 +340,12 @@ ORIGINALS = {
         wrt=(0, 1, 2, 3, 4),
     ),
     "attention": Original(attention),
+    "attention_backward": Original(
+        attention,
+        prepare=lambda grad, q, k, v, out, lse, *rest: (q, k, v, *rest),
+        upstream=lambda grad, *_: (grad,),
+        wrt=(0, 1, 2),
+    ),
     "attention_lse": Original(attention_lse),
     "causal_conv3d": Original(causal_conv3d),
     "gated_residual": Original(gated_residual),
@@ -362,6 +376,7 @@ ORIGINALS = {
     "layer_norm_silu_backward": Original(
         layer_norm_silu, prepare=lambda grad, *rest: rest, upstream=lambda grad, *_: (grad,), wrt=(0, 1, 2)
     ),
+    "merge_attention": Original(merge_attention),
     "qk_norm_rope": Original(qk_norm_rope, prepare=with_tables),
     "qk_norm_rope_backward": Original(
         one_norm_rope, prepare=one_with_tables, upstream=lambda grad, *_: (grad,), wrt=(0, 1, 2)

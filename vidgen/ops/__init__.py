@@ -8,6 +8,7 @@ Attention tensors are ``(batch, sequence, heads, head_dim)``; videos and latents
 import importlib
 import os
 
+from . import attention_backward  # noqa: F401 - an op that only context_parallel calls
 from ._registry import OPS, explain, table, use_backend
 from .adaln_modulate import adaln_modulate
 from .attention import attention, attention_lse
@@ -18,6 +19,7 @@ from .group_norm_silu import group_norm_silu
 from .haar_2d import haar_2d, inverse_haar_2d
 from .haar_3d import haar_3d, inverse_haar_3d
 from .layer_norm_silu import layer_norm_silu
+from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope
 from .rope_3d import rope_3d, rope_3d_table
 from .skiparse_attention import skiparse_attention
@@ -47,6 +49,7 @@ __all__ = [
     "inverse_haar_2d",
     "inverse_haar_3d",
     "layer_norm_silu",
+    "merge_attention",
     "native_status",
     "qk_norm_rope",
     "rope_3d",

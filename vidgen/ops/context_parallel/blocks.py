@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from .._checks import wide
-from ..attention import attention_lse, op_lse, softmax_scale
+from ..attention import attention_lse, op_lse
+from ..attention_backward import QUERIES
+from ..attention_backward import op as attention_backward
+from ..merge_attention import merge_attention
 
 Partial = tuple[Tensor, Tensor]  # out (batch, queries, heads, head_dim), log-sum-exp (batch, heads, queries)
-
-QUERIES = 1024  # at a time, where there is no kernel: memory stays linear in the sequence
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
@@ -26,61 +27,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
 
 
 def merge(a: Partial | None, b: Partial) -> Partial:
-    """Attention to the keys of both.
-
-    With ``lse = logaddexp(lse_a, lse_b)``: ``out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)``. A row that
-    has seen no key is 0 with log-sum-exp -inf, and stays so.
-    """
-    if a is None:
-        return b
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    lse = torch.logaddexp(lse_a, lse_b)
-    seen = lse.masked_fill(lse == -torch.inf, 0)
-    weight_a, weight_b = ((part - seen).exp().transpose(1, 2).unsqueeze(-1) for part in (lse_a, lse_b))
-    return out_a * weight_a + out_b * weight_b, lse
+    """Attention to the keys of both, by :func:`vidgen.ops.merge_attention`."""
+    return b if a is None else merge_attention(*a, *b)
 
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share that one block of keys has in the gradients, in float32.
-
-    ``out`` and ``lse`` are those of *all* keys, so that ``P = exp(S - lse)`` are the final weights of this block and
-    ``dS = P * (dP - rowsum(grad * out))``: nothing has to be merged.
-    """
-    grad, q, k, v, out = (wide(t) for t in (grad, q, k, v, out))
-    if mask is None and q.device.type == "cpu" and q.dtype == torch.float32 and 0 not in (*q.shape, *k.shape):
-        return flash_cpu_backward(grad, q, k, v, out, lse, scale)
-    return blockwise_backward(grad, q, k, v, out, lse, mask, softmax_scale(q, scale))
-
-
-def flash_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own CPU kernel. Rows that see no key need a mask, and so do not come here."""
-    # It takes head_dim to have stride 1 and does not look: other strides give wrong gradients without a word.
-    grad, q, k, v, out = ((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (grad, q, k, v, out))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, scale=softmax_scale(q, scale)
-    )
-    return tuple(t.transpose(1, 2) for t in grads)  # type: ignore[return-value]
-
-
-def blockwise_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    delta = (grad * out).sum(-1).transpose(1, 2)
-    shift = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing weighs nothing
-    for a in range(0, q.shape[1], QUERIES):
-        rows = slice(a, a + QUERIES)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, rows], k) * scale
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
-        weights = (scores - shift[..., rows, None]).exp()
-        grad_weights = torch.einsum("bqhd,bkhd->bhqk", grad[:, rows], v)
-        grad_scores = weights * (grad_weights - delta[..., rows, None]) * scale
-        grad_q[:, rows] = torch.einsum("bhqk,bkhd->bqhd", grad_scores, k)
-        grad_k += torch.einsum("bhqk,bqhd->bkhd", grad_scores, q[:, rows])
-        grad_v += torch.einsum("bhqk,bqhd->bkhd", weights, grad[:, rows])
-    return grad_q, grad_k, grad_v
+    """The share that one block of keys has in the gradients, in float32; ``out`` and ``lse`` are those of all keys."""
+    if q.device.type == "cpu":  # as in `attend`
+        grad, q, k, v, out = (wide(t) for t in (grad, q, k, v, out))
+    return attention_backward(grad.to(q.dtype), q, k, v, out, lse, mask, scale)

@@ -13,9 +13,11 @@ from ..._registry import OPS, Backend
 
 SERVED = (
     "attention",
+    "attention_backward",
     "attention_lse",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "merge_attention",
     "qk_norm_rope",
     "qk_norm_rope_backward",
     "rope_3d",

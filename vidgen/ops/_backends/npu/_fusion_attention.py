@@ -27,6 +27,32 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Tensor | None = N
     return out[0], out[1], out[2]
 
 
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    scale: float,
+    drop: Tensor | None,
+    maximum: Tensor,
+    total: Tensor,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v in BSND, from statistics and results over these keys or more. The scale has another name there."""
+    refusal = _guards.attention(q, k, v) or (None if drop is None else _guards.dropped(drop, q, k))
+    if refusal is not None:
+        raise ValueError(f"npu_fusion_attention_grad: {refusal}")
+    grads = torch.ops.npu.npu_fusion_attention_grad.default(
+        *(q, k, v, grad, q.shape[2], "BSND"),
+        atten_mask=drop,
+        softmax_max=maximum,
+        softmax_sum=total,
+        attention_in=out,
+        scale_value=scale,
+    )
+    return grads[0], grads[1], grads[2]
+
+
 def packed(q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Sequence[int], key_ends: Sequence[int]) -> Tensor:
     """``(tokens, heads, head_dim)`` of sequences one after the other, each attending to its own keys."""
     refusal = _guards.packed_attention(q, k, v, ends, key_ends)

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels share on the core. All arithmetic is in float; half and bfloat16 are only loaded and stored.
+#pragma once
+#include "common/tiling.h"
+#include "kernel_operator.h"
+
+namespace vidgen {
+
+using namespace AscendC;
+
+constexpr uint32_t REPEAT = 64;    // floats that one repeat of a vector instruction takes
+constexpr uint32_t PER_BLOCK = 8;  // floats in 32 bytes
+constexpr uint32_t MAX_REPEATS = 255;
+
+// The vector unit overlaps its own instructions. Compilers can be told to find what depends on what; said here, it does
+// not hang on their options, and the twin checks it.
+__aicore__ inline void fence() { PipeBarrier<PIPE_V>(); }
+
+// One after the other: what the scalar unit wrote to the unified buffer, then vector instructions.
+__aicore__ inline void vector_after_scalar() {
+  const event_t id = static_cast<event_t>(GetTPipePtr()->FetchEventID(HardEvent::S_V));
+  SetFlag<HardEvent::S_V>(id);
+  WaitFlag<HardEvent::S_V>(id);
+}
+
+// Any type to float. Copies of float go through the vector unit too, as the order among pipes is then the same.
+template <typename T>
+__aicore__ inline void widen(const LocalTensor<float>& to, const LocalTensor<T>& from, uint32_t n) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    Muls(to, from, 1.0f, static_cast<int32_t>(n));
+  } else {
+    Cast(to, from, RoundMode::CAST_NONE, n);
+  }
+}
+template <typename T>
+__aicore__ inline void narrow(const LocalTensor<T>& to, const LocalTensor<float>& from, uint32_t n) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    Muls(to, from, 1.0f, static_cast<int32_t>(n));
+  } else {
+    Cast(to, from, RoundMode::CAST_RINT, n);
+  }
+}
+
+// `rows` rows of `width` elements from global memory, `row_stride` elements apart there; here each starts a new block.
+template <typename T>
+__aicore__ inline void load(const LocalTensor<T>& to, const GlobalTensor<T>& from, uint32_t width, uint32_t rows = 1,
+                            uint32_t row_stride = 0) {
+  const uint32_t gap = rows > 1 ? (row_stride - width) * sizeof(T) : 0;
+  DataCopyPad(to, from, DataCopyExtParams(rows, width * sizeof(T), gap, 0, 0), DataCopyPadExtParams<T>());
+}
+template <typename T>
+__aicore__ inline void store(const GlobalTensor<T>& to, const LocalTensor<T>& from, uint32_t width, uint32_t rows = 1,
+                             uint32_t row_stride = 0) {
+  const uint32_t gap = rows > 1 ? (row_stride - width) * sizeof(T) : 0;
+  DataCopyPad(to, from, DataCopyExtParams(rows, width * sizeof(T), 0, gap, 0));
+}
+
+template <typename T>
+__aicore__ inline GlobalTensor<T> global(GM_ADDR at, uint64_t elements) {
+  GlobalTensor<T> t;
+  t.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(at), elements);
+  return t;
+}
+
+// Calls instruction(offset, mask, repeats) so that `n` consecutive floats are covered.
+template <typename F>
+__aicore__ inline void by_repeats(uint32_t n, const F& instruction) {
+  const uint32_t whole = n / REPEAT;
+  for (uint32_t done = 0; done < whole; done += MAX_REPEATS) {
+    instruction(done * REPEAT, REPEAT, whole - done < MAX_REPEATS ? whole - done : MAX_REPEATS);
+  }
+  if (n % REPEAT != 0) instruction(whole * REPEAT, n % REPEAT, 1);
+}
+
+// One value for a whole row, kept as a block of 8 equal floats. An instruction that reads it with strides of 0 needs no
+// trip to the scalar unit, which would stop the vector unit twice a row.
+__aicore__ inline void multiply_by_block(const LocalTensor<float>& to, const LocalTensor<float>& from,
+                                         const LocalTensor<float>& block, uint32_t n) {
+  by_repeats(n, [&](uint32_t at, uint32_t mask, uint32_t repeats) {
+    Mul(to[at], from[at], block, mask, repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+  });
+}
+__aicore__ inline void subtract_block(const LocalTensor<float>& to, const LocalTensor<float>& from,
+                                      const LocalTensor<float>& block, uint32_t n) {
+  by_repeats(n, [&](uint32_t at, uint32_t mask, uint32_t repeats) {
+    Sub(to[at], from[at], block, mask, repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+  });
+}
+
+}  // namespace vidgen

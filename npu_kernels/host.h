@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// PyTorch tensors as kernels take them.
+#pragma once
+#include <ATen/ATen.h>
+
+#include "launch.h"
+#ifdef VIDGEN_TWIN
+#include "twin/machine.h"
+#endif
+#ifdef VIDGEN_TORCH_NPU
+#include "torch_npu/csrc/core/npu/NPUStream.h"
+#define VIDGEN_KEY PrivateUse1
+#else
+#define VIDGEN_KEY CPU
+#endif
+
+namespace vidgen {
+
+inline Float float_type(at::ScalarType type) {
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "no kernel for ", type);
+  return type == at::kFloat ? Float::float32 : type == at::kBFloat16 ? Float::bfloat16 : Float::float16;
+}
+
+inline Launch launch_on(const at::Tensor& x) {
+  void* stream = nullptr;
+#ifdef VIDGEN_TORCH_NPU
+  stream = c10_npu::getCurrentNPUStream().stream(false);
+#endif
+  return {float_type(x.scalar_type()), vector_cores(), stream};
+}
+
+inline void require_fit(bool fits, const char* op, const at::Tensor& x) {
+  TORCH_CHECK(fits, op, ": a row of ", x.sizes(), " does not fit the unified buffer");
+}
+
+inline Memory in(const at::Tensor& t) {
+  auto at = static_cast<Memory>(t.data_ptr());
+#ifdef VIDGEN_TWIN
+  const auto last = t.dim() == 2 && t.size(0) > 0 ? (t.size(0) - 1) * t.stride(0) + t.size(1) : t.numel();
+  twin::share(at, last * t.element_size(), twin::Role::input);
+#endif
+  return at;
+}
+inline Memory in(const std::optional<at::Tensor>& t) { return t.has_value() ? in(*t) : nullptr; }
+
+inline Memory out(const at::Tensor& t) {
+  auto at = static_cast<Memory>(t.data_ptr());
+#ifdef VIDGEN_TWIN
+  twin::share(at, t.nbytes(), twin::Role::output);
+#endif
+  return at;
+}
+
+// Of a modulation (batch, channels) whose channels lie side by side.
+inline uint32_t row_stride(const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), "modulation rows must be contiguous");
+  return uint32_t(t.stride(0));
+}
+
+}  // namespace vidgen

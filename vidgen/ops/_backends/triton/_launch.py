@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hosts of all kernels share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._registry import refuse_dtype
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``: lengths of blocks."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def blocks(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it that of ``x``."""
+    if x.device.type == "cpu":  # the interpreter
+        return contextlib.nullcontext()
+    return getattr(torch, x.device.type).device(x.device)
+
+
+def rows_side_by_side(x: Tensor) -> Tensor:
+    """``x``, or a copy of it, in which the elements of the last axis lie side by side."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def refuse_common(*args: Any) -> str | None:
+    """What every kernel here says to its arguments."""
+    if any(isinstance(a, Tensor) and a.numel() == 0 for a in args):
+        return "a size is 0"
+    return refuse_dtype(*args)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification rung 4: the command line with ``device: npu`` on the emulated device."""
+
+from pathlib import Path
+
+import pytest
+
+from .worker import Worker
+
+
+@pytest.mark.parametrize("system", ["opensora_plan_v1_3", "opensora_plan_v1_5", "opensora_v2", "cogvideox"])
+def test_train_resume_sample(npu: Worker, tmp_path: Path, system: str) -> None:
+    npu.run("cases_cli.train_resume_sample", system=system, folder=str(tmp_path))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing in turns: in every round each candidate once, and of each candidate the median over the rounds."""
+"""Timing in turns: in every round each candidate once, and of each candidate the median over the rounds.
+
+On a CPU by its clocks, here; on an accelerator by its events (device_timing.py), on other sizes (workloads.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import device_timing
+import liger
 import torch
+import workloads as accelerator
 from originals import ORIGINALS, Original, Step, bind, relative_error, tolerance
 
 from vidgen import device as devices
@@ -23,6 +29,7 @@ SECONDS_PER_TURN = 0.02  # fast candidates run several times in a turn
 SECONDS_PER_ROW = 2.5  # slow ones fewer rounds
 ROUNDS = range(3, 10)
 failed: list[str] = []
+reached: list[str] = []  # what an accelerator's memory and matrix units reached
 
 
 def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -33,28 +40,42 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     together takes to measure, is compared with on the first number of threads.
     """
     device = devices.resolve(arguments.device)
-    names = arguments.op or sorted(ORIGINALS)
-    if unknown := [name for name in names if name not in ORIGINALS]:
-        sys.exit(f"benchmarks/run.py: no op {unknown[0]!r}; there are {', '.join(sorted(ORIGINALS))}")
-    workloads = {
-        (name, dtype): ops.OPS[name].workloads(device, getattr(torch, dtype))
-        for name in names
-        for dtype in arguments.dtype or ("bfloat16", "float32")
-    }
+    dtypes = arguments.dtype or (("bfloat16", "float32") if device.type == "cpu" else ("bfloat16",))
+    shapes = {dtype: shapes_for(device, getattr(torch, dtype)) for dtype in dtypes}
+    known = sorted(shapes[dtypes[0]])
+    if unknown := [name for name in arguments.op or () if name not in known]:
+        sys.exit(f"benchmarks/run.py: no op {unknown[0]!r}; there are {', '.join(known)}")
     planned = [
-        (threads, *which, shape)
+        (threads, name, dtype, shape)
         for threads in sorted(arguments.threads)
-        for which, shapes in workloads.items()
-        for shape in list(shapes)[: 1 if arguments.quick else None]
+        for name in arguments.op or known
+        for dtype in dtypes
+        for shape in list(shapes[dtype][name])[: 1 if arguments.quick else None]
+    ]
+    peaks = {dtype: device_timing.peaks(device, getattr(torch, dtype)) for dtype in dtypes if device.type != "cpu"}
+    reached[:] = [
+        f"copy {peak['copy'] / 1e9:.0f} GB/s, {dtype} matmul {peak['matmul'] / 1e12:.0f} TFLOP/s"
+        for dtype, peak in peaks.items()
     ]
     start = time.perf_counter()
     for done, (threads, name, dtype, shape) in enumerate(planned):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         compiled = not arguments.quick and threads == min(arguments.threads)
-        with torch.no_grad():
-            times = measure(name, workloads[name, dtype][shape](), clock_for(device, threads), device, compiled)
-        found = row(name, dtype, shape, threads, device, times) if times is not None else None
+        try:
+            with torch.no_grad(), device_timing.forgotten_memory(device):
+                args = shapes[dtype][name][shape]()
+                times = measure(name, args, clock_for(device, threads), device, compiled)
+                moved = ops.OPS[name].cost(*args).bytes
+        except Exception as error:  # of any library below: the other rows are still worth having
+            times = None
+            failed.append(name)
+            print(f"{name} {shape}: {type(error).__name__}: {str(error).strip()[:500]}", file=sys.stderr)
+        found = None
+        if times is not None:
+            found = row(name, dtype, shape, threads, device, times)
+            if device.type != "cpu":
+                found = accelerator_row(found, times, moved, peaks[dtype]["copy"])
         minutes = (time.perf_counter() - start) / 60
         result = f"{found['ratio_to_eager']} x eager" if found else "no figures"
         print(
@@ -66,10 +87,17 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield found
 
 
+def shapes_for(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """``{op: {shape: make the arguments}}``."""
+    if device.type != "cpu":
+        return accelerator.workloads(device, dtype)
+    return {name: ops.OPS[name].workloads(device, dtype) for name in ORIGINALS}
+
+
 def measure(
     name: str, args: tuple[Any, ...], clock: Callable[[], float], device: torch.device, compare_compiled: bool
 ) -> dict[str, float] | None:
-    """Seconds of ``ours``, ``eager``, ``compile`` where that works and is asked for, and ``roofline``."""
+    """Seconds of ``ours`` and ``eager``, of ``compile`` and ``liger`` where these work, and ``roofline``."""
     op, original = ops.OPS[name], ORIGINALS[name]
     if (verdict := op.explain(*args).splitlines()[0]) and not verdict.endswith(": runs"):
         print(f"{name}: {verdict}: no kernel to measure ({args[0].dtype})", file=sys.stderr)
@@ -80,13 +108,15 @@ def measure(
         return None
     if compare_compiled and (compiled := compile_original(name, original, args)) is not None:
         candidates["compile"] = compiled
+    if device.type == "cuda" and (theirs := liger_step(name, args)) is not None:
+        candidates["liger"] = theirs
     cost = op.cost(*args)
     candidates["copy"] = copy_step(cost.bytes, args[0])
     if cost.flops:
         size = MATMUL_SIZE.get(device.type, 8192)
         a, b = (torch.randn(size, size, device=device, dtype=args[0].dtype) for _ in range(2))
         candidates["matmul"] = lambda: a @ b
-    times = in_turns(candidates, clock)
+    times = in_turns(candidates, clock) if device.type == "cpu" else device_timing.in_turns(candidates, device)
     by_flops = times["matmul"] * cost.flops / (2 * size**3) if cost.flops else 0.0
     return {**times, "roofline": max(times["copy"], by_flops)}
 
@@ -122,6 +152,14 @@ def compile_original(name: str, original: Original, args: tuple[Any, ...]) -> St
     return step if agrees(f"torch.compile of {name}", compiled, others, args[0].dtype) else None
 
 
+def liger_step(name: str, args: tuple[Any, ...]) -> Step | None:
+    step = liger.step_for(name, args)
+    if step is None or name in liger.UNCHECKED:
+        return step
+    others = (bind(ORIGINALS[name], args), lambda: ops.OPS[name](*args))
+    return step if agrees(f"Liger's {name}", step(), others, args[0].dtype) else None
+
+
 def copy_step(moved: int, like: torch.Tensor) -> Step:
     """Reads and writes as many bytes as the op has to."""
     source = torch.zeros(max(1, moved // 2 // like.element_size()), dtype=like.dtype, device=like.device)
@@ -130,15 +168,8 @@ def copy_step(moved: int, like: torch.Tensor) -> Step:
 
 
 def clock_for(device: torch.device, threads: int) -> Callable[[], float]:
-    """On one thread the time that the process computed, which other programs on the machine disturb least."""
-    if device.type == "cpu":
-        return time.process_time if threads == 1 else time.perf_counter
-
-    def after_the_queue() -> float:
-        devices.synchronize(device)
-        return time.perf_counter()
-
-    return after_the_queue
+    """Of a CPU: on one thread the time that the process computed, which other programs disturb least."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def in_turns(candidates: dict[str, Step], clock: Callable[[], float]) -> dict[str, float]:
@@ -180,6 +211,18 @@ def row(
         "ratio_to_compile": ratio("compile"),
         "ratio_to_roofline": ratio("roofline"),
     }
+
+
+def accelerator_row(row: dict[str, Any], times: dict[str, float], moved: int, bandwidth: float) -> dict[str, Any]:
+    """Times mean something on an accelerator, where nobody else computes: they take the place of threads."""
+    row = {key: row[key] for key in ("op", "dtype", "shape", "device", "torch")} | {
+        "median_us": f"{times['ours'] * 1e6:.1f}",
+        "gb_per_s": f"{moved / times['ours'] / 1e9:.0f}",
+        "share_of_copy": f"{moved / times['ours'] / bandwidth:.2f}",
+        **{key: row[key] for key in ("ratio_to_eager", "ratio_to_compile", "ratio_to_roofline")},
+        "ratio_to_liger": f"{times['liger'] / times['ours']:.2f}" if "liger" in times else "",
+    }
+    return row
 
 
 def device_name(device: torch.device) -> str:

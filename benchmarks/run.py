@@ -39,6 +39,11 @@ def parse() -> argparse.Namespace:
         help="may be given again; 1 counts process CPU time, more wall clock (default: 1 and 2 on a CPU, else 1)",
     )
     parser.add_argument("--quick", action="store_true", help="first workload of each op, 1 thread, no torch.compile")
+    parser.add_argument(
+        "--part",
+        choices=("ops", "attention"),
+        help="of an accelerator's figures only these (default: both; on a CPU attention is one of the ops)",
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s")
     arguments = parser.parse_args()
     both = arguments.device == "cpu" and not arguments.quick and (os.cpu_count() or 1) > 1
@@ -54,20 +59,36 @@ def main() -> int:
         environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(max(arguments.threads))}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
+    return measure_all(arguments)
+
+
+def measure_all(arguments: argparse.Namespace) -> int:
+    import attention
     import measure
     import report
 
-    rows = []
-    for row in measure.measure_all(arguments):
-        rows.append(row)
-        report.write(rows, arguments.output)  # after each: a run that is stopped keeps what it has
-    if not rows:
-        sys.exit("benchmarks/run.py: nothing was measured")
-    stored = arguments.output / report.file_name(rows[0], ".csv")
-    report.chart(stored)
-    stored.with_suffix(".md").write_text(report.markdown(report.read(stored)) + "\n")
-    print(report.markdown(rows))
-    return 1 if measure.failed else 0
+    tables = []
+    if arguments.part != "attention":
+        rows = []
+        for row in measure.measure_all(arguments):
+            rows.append(row)
+            report.write(rows, arguments.output)  # after each: a run that is stopped keeps what it has
+        if not rows:
+            sys.exit("benchmarks/run.py: nothing was measured")
+        stored = arguments.output / report.file_name(rows[0], ".csv")
+        report.chart(stored)
+        stored.with_suffix(".md").write_text(
+            "\n\n".join([*measure.reached, report.markdown(report.read(stored))]) + "\n"
+        )
+        tables += [*measure.reached, report.markdown(rows)]
+    if arguments.part == "attention" or (arguments.device != "cpu" and not arguments.op and not arguments.part):
+        rows = list(attention.measure(arguments))
+        stored = arguments.output / report.file_name(rows[0], "_attention.csv")
+        report.write_table(rows, attention.COLUMNS, stored)
+        tables.append(report.table(rows, attention.COLUMNS))
+    failed = measure.failed + attention.failed
+    print("\n\n".join([*tables, *([f"failed: {', '.join(failed)}"] if failed else [])]))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

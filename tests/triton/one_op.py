@@ -74,6 +74,21 @@ def patch_once(fn, _plain=interpreter._patch_lang):
 
 
 interpreter._convert_float = round_as_devices_do
+
+
+def multiply_as_devices_do(self, a, b, d, *rest, _plain=interpreter.InterpreterBuilder.create_dot):
+    """The interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
+
+    def wide(x):
+        if x.dtype.scalar.name != "bf16":
+            return x
+        bits = np.ascontiguousarray(x.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    return _plain(self, wide(a), wide(b), d, *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = multiply_as_devices_do
 interpreter._patch_lang = patch_once
 
 

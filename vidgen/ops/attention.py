@@ -189,12 +189,26 @@ def save_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 
 
 def backward_lse(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Blocks of queries, so that memory stays linear in the sequence.
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    return *gradients_lse(grad, grad_lse, q, k, v, mask, ctx.scale, out, lse), None, None
+
+
+def gradients_lse(
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v. Blocks of queries, so that memory stays linear in the sequence.
 
     With ``P = exp(S - lse)``: ``dS = P * (dP - rowsum(grad * out) + grad_lse)``.
     """
-    q, k, v, mask, out, lse = ctx.saved_tensors
-    scale, block, queries = softmax_scale(q, ctx.scale), 1024, q.shape[1]
+    scale, block, queries = softmax_scale(q, scale), 1024, q.shape[1]
     q_w, k_w, v_w, grad_w = wide(q), wide(k), wide(v), wide(grad)
     shift = grad_lse - (grad_w * wide(out)).sum(-1).transpose(1, 2)
     grad_k, grad_v, grad_q = torch.zeros_like(k_w), torch.zeros_like(v_w), []
@@ -210,7 +224,7 @@ def backward_lse(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | Non
         grad_k += torch.einsum("bhqk,bqhd->bkhd", grad_scores, q_w[:, a:b])
         grad_v += torch.einsum("bhqk,bqhd->bkhd", weights, grad_w[:, a:b])
     grad_q_w = torch.cat(grad_q, 1) if grad_q else torch.zeros_like(q_w)
-    return grad_q_w.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+    return grad_q_w.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def samples_lse(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``skiparse_attention`` in Triton, with the log-sum-exp and the gradient: padding, masks and text without a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._checks import wide
+from ...attention import softmax_scale
+from ...skiparse_attention_lse import op as with_lse
+from ...skiparse_index import skiparse_padded_length
+from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_by_side
+from ._skiparse_backward import skiparse_delta, skiparse_grad_keys, skiparse_grad_queries
+from ._skiparse_forward import skiparse_forward
+
+LOG2_E = 1.4426950408889634
+MOST_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of one tile, and how a program of them runs."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(x: Tensor, kernel: str) -> Tiles:
+    """For CUDA from the shared memory and registers of an H100; for Ascend from its unified buffer."""
+    kind = x.device.type
+    if kind == "cpu":  # the interpreter: small, so that tests cross every boundary
+        return Tiles(16, 16, 4, 1)
+    narrow = x.shape[-1] <= 128
+    if kind != "cuda":
+        return Tiles(64, 64, 4, 1) if narrow else Tiles(32, 32, 4, 1)
+    if x.dtype == torch.float32:
+        return Tiles(64, 32, 4, 2) if narrow else Tiles(32, 16, 4, 2)
+    if not narrow:
+        return {
+            "forward": Tiles(128, 64, 8, 2),
+            "grad_keys": Tiles(32, 64, 8, 1),
+            "grad_queries": Tiles(64, 32, 8, 1),
+        }[kernel]
+    slim = x.shape[-1] <= 64
+    return {
+        "forward": Tiles(128, 64, 4, 3) if slim else Tiles(128, 128, 8, 2),
+        "grad_keys": Tiles(64, 128, 8, 2),
+        "grad_queries": Tiles(128, 64, 8, 2),
+    }[kernel]
+
+
+def fit(block: int, rows: int) -> int:
+    """``block``, halved while that leaves fewer rows of the last tile empty: a tenth of all rows or more."""
+    while block > 64 and blocks(rows, block // 2) * (block // 2) <= 0.9 * blocks(rows, block) * block:
+        block //= 2
+    return min(block, max(16, power_of_2(rows)))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The steps of _skiparse_tiles, in tokens, and what else all kernels take."""
+
+    q: Tensor
+    sparse_n: int
+    tokens: int
+    columns: int
+    token_group: int
+    token_row: int
+    place_group: int
+    place_row: int
+
+    @property
+    def rows(self) -> int:
+        """Of the longest run of tokens."""
+        return blocks(self.tokens, self.token_row)
+
+    def programs(self, tiles: int) -> tuple[int]:
+        return (tiles * self.sparse_n * self.q.shape[2] * self.q.shape[0],)
+
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "heads": self.q.shape[2],
+            "sparse_n": self.sparse_n,
+            "columns": self.columns,
+            "place_group": self.place_group,
+            "place_row": self.place_row,
+            "token_group": self.token_group,
+            "token_row": self.token_row,
+            "D": self.q.shape[-1],
+            "BLOCK_D": max(16, power_of_2(self.q.shape[-1])),
+            "PRECISION": "ieee",
+        }
+
+
+def groups_of(q: Tensor, sparse_n: int, pattern: str, grouped: bool, tokens: int) -> Groups:
+    if pattern == "single" or sparse_n == 1:
+        return Groups(q, sparse_n, tokens, 1, 1, sparse_n, 1, sparse_n)
+    steps = sparse_n, sparse_n**2
+    places = (skiparse_padded_length(tokens, sparse_n) // sparse_n, sparse_n) if grouped else steps
+    return Groups(q, sparse_n, tokens, sparse_n, *steps, *places)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Of (batch, tokens, heads, head_dim), as the kernels name them."""
+    axes = ("batch", "token", "head")
+    return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate(axes)}
+
+
+def run(kernel: Any, groups: Groups, number: int, cut: Tiles, queries: int, keys: int, **options: Any) -> None:
+    """Launch ``number`` programs for each group, head and sample."""
+    with on_device_of(groups.q):
+        kernel[groups.programs(number)](
+            **options,
+            **groups.sizes(),
+            tiles=number,
+            BLOCK_M=queries,
+            BLOCK_N=keys,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+
+
+def as_bytes(mask: Tensor | None, q: Tensor) -> Tensor:
+    """Kernels load bytes; where there is no mask any pointer will do."""
+    return q if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def skiparse_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_n: int,
+    pattern: str,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float | None,
+    grouped: bool,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, text_out, text_lse = with_lse.fake(  # type: ignore[misc]
+        q, k, v, sparse_n, pattern, text_q, text_k, text_v, mask, text_mask, scale, grouped, num_tokens
+    )
+    q, k, v = (rows_side_by_side(t) for t in (q, k, v))
+    groups, text = groups_of(q, sparse_n, pattern, grouped, num_tokens), 0 if text_k is None else text_k.shape[1]
+    text_k, text_v = (q if t is None else rows_side_by_side(t) for t in (text_k, text_v))
+    cut = tiles(q, "forward")
+    keys = fit(cut.keys, groups.rows)
+    shared = {
+        "k": k, "v": v, "text_k": text_k, "text_v": text_v,
+        "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q),
+        **strides(k=k, v=v, text_k=text_k, text_v=text_v), "text": text, "scale": softmax_scale(q, scale) * LOG2_E,
+        "EVEN": num_tokens % (groups.token_row * keys) == 0, "HAS_TEXT": text > 0,
+        "HAS_MASK": mask is not None, "HAS_TEXT_MASK": text_mask is not None,
+    }  # fmt: skip
+    queries = fit(cut.queries, groups.rows)
+    number = groups.columns * blocks(groups.rows, queries)
+    run(skiparse_forward, groups, number, cut, queries, keys, q=q, out=out, lse=lse, **strides(q=q), **shared,
+        text_queries=0, OF_TEXT=False)  # fmt: skip
+    if text_q is not None:
+        text_q = rows_side_by_side(text_q)
+        queries = fit(cut.queries, text)
+        run(skiparse_forward, groups, blocks(text, queries), cut, queries, keys, q=text_q, out=text_out, lse=text_lse,
+            **strides(q=text_q), **shared, text_queries=text, OF_TEXT=True)  # fmt: skip
+    return out, lse, text_out, text_lse
+
+
+def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor) -> Tensor:
+    """grad and out ``(..., length, heads, head_dim)``, contiguous; grad_lse ``(..., heads, length)``."""
+    *samples, length, heads, dim = out.shape
+    delta = torch.empty_like(grad_lse, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return delta
+    block_d = max(16, power_of_2(dim))
+    block = min(max(16, 4096 // block_d), max(16, power_of_2(length)))
+    number = blocks(length, block)
+    with on_device_of(out):
+        skiparse_delta[(number * heads * torch.Size(samples).numel(),)](
+            grad, out, grad_lse.contiguous(), delta, length, heads, number, D=dim, BLOCK_D=block_d, BLOCK_M=block
+        )
+    return delta
+
+
+def skiparse_attention_lse_backward(
+    grad: Tensor,
+    grad_lse: Tensor,
+    grad_text: Tensor,
+    grad_text_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_n: int,
+    pattern: str,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float | None,
+    grouped: bool,
+    num_tokens: int,
+    out: Tensor,
+    lse: Tensor,
+    text_out: Tensor,
+    text_lse: Tensor,
+) -> tuple[Tensor, ...]:
+    grad, grad_text, out, text_out = (t.contiguous() for t in (grad, grad_text, out, text_out))
+    lse, text_lse = lse.contiguous(), text_lse.contiguous()
+    q, k, v = (rows_side_by_side(t) for t in (q, k, v))
+    groups = groups_of(q, sparse_n, pattern, grouped, num_tokens)
+    batch, places, heads, dim = q.shape
+    # In the group layout the rows of the padding belong to no token.
+    new = torch.zeros if grouped and places != num_tokens else torch.empty
+    grad_q, grad_k, grad_v = (new(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
+    text = 0 if text_k is None else text_k.shape[1]
+    text_queries = 0 if text_q is None else text
+    tk, tv, tq = (q if t is None else rows_side_by_side(t) for t in (text_k, text_v, text_q))
+    shared = {
+        "lse": lse, "grad": grad, "delta": delta_of(grad, out, grad_lse), "text": text, "places": places,
+        "scale": softmax_scale(q, scale), "HAS_MASK": mask is not None,
+    }  # fmt: skip
+    of_text = {"lse": text_lse, "grad": grad_text, "delta": delta_of(grad_text, text_out, grad_text_lse)}
+
+    def parts() -> Tensor:
+        """What each group adds to a gradient of the text."""
+        return torch.empty(batch, sparse_n, text, heads, dim, dtype=wide(q).dtype, device=q.device)
+
+    # Tiles of keys
+    cut = tiles(q, "grad_keys")
+    queries = fit(cut.queries, groups.rows)
+    options = {
+        **shared, "q": q, "text_q": tq, **strides(q=q, text_q=tq), "text_queries": text_queries,
+        **{f"text_{name}": t for name, t in of_text.items() if name != "grad"}, "grad_text": grad_text,
+        "EVEN": num_tokens % (groups.token_row * queries) == 0, "HAS_TEXT": text_queries > 0,
+    }  # fmt: skip
+    keys = fit(cut.keys, groups.rows)
+    number = groups.columns * blocks(groups.rows, keys)
+    run(skiparse_grad_keys, groups, number, cut, queries, keys, k=k, v=v, mask=as_bytes(mask, q), grad_k=grad_k,
+        grad_v=grad_v, **strides(k=k, v=v), **options, OF_TEXT=False)  # fmt: skip
+    grad_tk = grad_tv = grad_tq = q.new_empty(0)
+    if text:
+        part_k, part_v = parts(), parts()
+        keys, options["HAS_MASK"] = fit(cut.keys, text), text_mask is not None
+        run(skiparse_grad_keys, groups, blocks(text, keys), cut, queries, keys, k=tk, v=tv,
+            mask=as_bytes(text_mask, q), grad_k=part_k, grad_v=part_v, **strides(k=tk, v=tv), **options,
+            OF_TEXT=True)  # fmt: skip
+        grad_tk, grad_tv = (t.sum(1).to(q.dtype) for t in (part_k, part_v))
+
+    # Tiles of queries
+    cut = tiles(q, "grad_queries")
+    keys = fit(cut.keys, groups.rows)
+    options = {
+        **shared, "k": k, "v": v, "text_k": tk, "text_v": tv, **strides(k=k, v=v, text_k=tk, text_v=tv),
+        "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q), "HAS_TEXT": text > 0,
+        "HAS_TEXT_MASK": text_mask is not None, "EVEN": num_tokens % (groups.token_row * keys) == 0,
+    }  # fmt: skip
+    queries = fit(cut.queries, groups.rows)
+    number = groups.columns * blocks(groups.rows, queries)
+    run(skiparse_grad_queries, groups, number, cut, queries, keys, q=q, grad_q=grad_q, **strides(q=q), **options,
+        text_queries=0, OF_TEXT=False)  # fmt: skip
+    if text_queries:
+        part_q, queries = parts(), fit(cut.queries, text)
+        run(skiparse_grad_queries, groups, blocks(text, queries), cut, queries, keys, q=tq, grad_q=part_q,
+            **strides(q=tq), **{**options, **of_text}, text_queries=text, OF_TEXT=True)  # fmt: skip
+        grad_tq = part_q.sum(1).to(q.dtype)
+    return grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv
+
+
+def skiparse_attention(*args: Any) -> list[Tensor]:
+    out, _, text_out, _ = with_lse(*args)
+    return [out] if args[5] is None else [out, text_out.mean(1)]
+
+
+def skiparse_attention_lse_refuses(*args: Any) -> str | None:
+    q, _, _, sparse_n, _, _, text_k, _, _, _, scale, _, tokens = args
+    if (reason := refuse_common(*args)) is not None:
+        return reason
+    if q.shape[-1] > MOST_CHANNELS:
+        return f"head_dim is at most {MOST_CHANNELS}, not {q.shape[-1]}"
+    if scale is not None and scale <= 0:
+        return f"scale must be positive, not {scale}"
+    return None
+
+
+def skiparse_attention_lse_backward_refuses(*args: Any) -> str | None:
+    return skiparse_attention_lse_refuses(*args[4:-4])
+
+
+def skiparse_attention_refuses(*args: Any) -> str | None:
+    """Where nothing is hidden, the library's kernels win even after the copies that they need."""
+    q, _, _, sparse_n, _, _, _, _, mask, text_mask, _, _, tokens = args
+    if (reason := skiparse_attention_lse_refuses(*args)) is not None:
+        return reason
+    padded = skiparse_padded_length(tokens, sparse_n) != tokens
+    if q.device.type == "cuda" and mask is None and text_mask is None and not padded:
+        return "nothing is hidden: scaled_dot_product_attention is faster"
+    return None

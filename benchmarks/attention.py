@@ -26,7 +26,7 @@ from vidgen import device as devices
 from vidgen import ops
 from vidgen.ops.skiparse_index import groups_to_tokens
 
-COLUMNS = ("case", "implementation", "median_us", "tflops", "to_ideal_best", "to_ideal_flash")
+COLUMNS = ("tokens", "case", "implementation", "median_us", "tflops", "to_ideal_best", "to_ideal_flash")
 DENSE = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -38,16 +38,19 @@ failed: list[str] = []
 
 @dataclass(frozen=True)
 class Case:
-    """``grouped``: the arguments are in the group layout already."""
+    """``grouped``: the arguments are in the group layout already; ``missing`` tokens make padding necessary."""
 
     sparse_n: int
     pattern: str
     grouped: bool = False
     text: int = 0
+    missing: int = 0
 
-    def name(self, tokens: str) -> str:
-        layout = ", grouped" if self.grouped else ""
-        return f"{tokens} k={self.sparse_n} {self.pattern}{layout}" + (f", text {self.text}" if self.text else "")
+    @property
+    def name(self) -> str:
+        text = f", text {self.text}" if self.text else ""
+        missing = f", {self.missing} tokens less" if self.missing else ""
+        return f"k={self.sparse_n} {self.pattern}{', grouped' if self.grouped else ''}{text}{missing}"
 
 
 def cases(sizes: Sizes, quick: bool) -> list[Case]:
@@ -57,8 +60,9 @@ def cases(sizes: Sizes, quick: bool) -> list[Case]:
         for ratio in ratios
         for pattern, grouped in (("single", False), ("group", False), ("group", True))
     ]
-    with_text = [Case(4, "single", False, sizes.text), Case(4, "group", True, sizes.text)]
-    return plain if quick else plain + with_text
+    with_text = [Case(4, "single", text=sizes.text), Case(4, "group", grouped=True, text=sizes.text)]
+    padded = [Case(4, "group", missing=5)]
+    return plain if quick else plain + with_text + padded
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -68,7 +72,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, str]]:
     for dtype in arguments.dtype or ("bfloat16",):
         sizes = SMALL if device.type == "cpu" else SIZES
         for found in measure_all(device, getattr(torch, dtype), arguments.quick, sizes):
-            yield found | facts | {"case": f"{dtype} {found['case']}"}
+            tokens = f"{dtype} 1x{sizes.tokens}x{sizes.heads}x{sizes.head_dim}"
+            yield {"tokens": tokens} | found | facts
 
 
 def measure_all(
@@ -76,30 +81,28 @@ def measure_all(
 ) -> Iterator[dict[str, str]]:
     """A row for each case and implementation; what fails is listed in ``failed`` and left out."""
     shape = (1, sizes.tokens, sizes.heads, sizes.head_dim)
-    name = "x".join(map(str, shape))
     dense_flops = 4 * sizes.heads * sizes.head_dim * sizes.tokens**2
     best, flash = None, None
     with torch.no_grad(), device_timing.forgotten_memory(device):
         steps = dense_steps(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(3)))
         dense = device_timing.in_turns(steps, device)
     for which, seconds in sorted(dense.items()):
-        yield row(f"{name} dense", f"SDPA {which}", seconds, dense_flops, None, None)
+        yield row("dense", f"SDPA {which}", seconds, dense_flops, None, None)
     best = min(dense.values()) / dense_flops
     flash = dense["flash"] / dense_flops if "flash" in dense else None
     for case in cases(sizes, quick):
         torch.manual_seed(0)
-        label = case.name(name)
-        print(label, file=sys.stderr, flush=True)
+        print(case.name, file=sys.stderr, flush=True)
         try:
             with torch.no_grad(), device_timing.forgotten_memory(device):
                 args = arguments(case, sizes, device, dtype)
                 flops = ops.OPS["skiparse_attention"].cost(*args).flops
                 times = device_timing.in_turns(steps_of(case, args, compiled=not quick), device)
         except Exception as error:  # of any library below: the other rows are still worth having
-            fail(label, error)
+            fail(case.name, error)
             continue
         for which, seconds in times.items():
-            yield row(label, which, seconds, flops, best, flash)
+            yield row(case.name, which, seconds, flops, best, flash)
 
 
 def row(
@@ -126,7 +129,7 @@ def fail(what: str, error: Exception) -> None:
 
 
 def arguments(case: Case, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    shape = (1, sizes.tokens, sizes.heads, sizes.head_dim)
+    shape = (1, sizes.tokens - case.missing, sizes.heads, sizes.head_dim)
     new: Callable[..., tuple[Any, ...]] = module("skiparse_attention").new_args
     return new(*shape, case.sparse_n, case.pattern, case.text, device, dtype, grouped=case.grouped)
 
@@ -155,28 +158,38 @@ def dense_steps(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Step]:
 
 
 def steps_of(case: Case, args: tuple[Any, ...], compiled: bool) -> dict[str, Step]:
-    """``ours`` as users get it, every backend that takes the arguments, copies as the original, and FlexAttention."""
+    """``ours`` as users get it, each backend that takes the arguments, the kernel with the log-sum-exp, which takes
+    what the library does better too, copies as the original makes them, and FlexAttention.
+    """
     op = ops.OPS["skiparse_attention"]
     expected = op(*args)
-    steps: dict[str, Step] = {"ours": lambda: op(*args)}
-    for backend in op.candidates(args[0].device.type):
-        if backend.name != "reference" and backend.refuse(*args) is None:
-            steps[backend.name] = lambda run=backend.run: run(*args)
+    taking = [b for b in op.candidates(args[0].device.type) if b.name != "reference" and b.refuse(*args) is None]
+    steps: dict[str, Step] = {f"ours ({taking[0].name})": lambda: op(*args)}
+    for backend in taking[1:]:
+        steps[backend.name] = lambda run=backend.run: run(*args)
+    for backend in ops.OPS["skiparse_attention_lse"].candidates(args[0].device.type):
+        if backend.name == "triton" and backend.refuse(*args) is None:
+            steps["triton, with lse"] = lambda run=backend.run: visual_and_text(run(*args), args)
     steps["copies and SDPA"] = bind(ORIGINALS["skiparse_attention"], args)
     if compiled and case.text == 0 and (case.grouped or case.pattern == "single"):
         try:
             steps["FlexAttention"] = flex_step(case, args)
         except Exception as error:  # code generation and its compilers raise many kinds
-            fail(f"FlexAttention k={case.sparse_n} {case.pattern}", error)
+            fail(f"FlexAttention, {case.name}", error)
     for name, step in list(steps.items()):
         result = step()
         if name == "FlexAttention" and case.grouped:
             result = [groups_to_tokens(result[0].unflatten(1, (case.sparse_n, -1)), args[-1], case.pattern)]
         error = relative_error(result, expected)
         if not error <= tolerance(args[0].dtype):
-            fail(f"{case} {name}", ValueError(f"off by {error:.1e}"))
+            fail(f"{name}, {case.name}", ValueError(f"off by {error:.1e}"))
             del steps[name]
     return steps
+
+
+def visual_and_text(results: tuple[Tensor, ...], args: tuple[Any, ...]) -> list[Tensor]:
+    out, _, text, _ = results
+    return [out] if args[5] is None else [out, text.mean(1)]
 
 
 def flex_step(case: Case, args: tuple[Any, ...]) -> Step:

@@ -153,11 +153,17 @@ def compile_original(name: str, original: Original, args: tuple[Any, ...]) -> St
 
 
 def liger_step(name: str, args: tuple[Any, ...]) -> Step | None:
-    step = liger.step_for(name, args)
-    if step is None or name in liger.UNCHECKED:
+    try:
+        step = liger.step_for(name, args)
+        result = None if step is None else step()
+    except Exception as error:  # of its code and of Triton's
+        failed.append(f"Liger's {name}")
+        print(f"Liger's {name}: {type(error).__name__}: {str(error).strip()[:500]}", file=sys.stderr)
+        return None
+    if result is None or name in liger.UNCHECKED:
         return step
     others = (bind(ORIGINALS[name], args), lambda: ops.OPS[name](*args))
-    return step if agrees(f"Liger's {name}", step(), others, args[0].dtype) else None
+    return step if agrees(f"Liger's {name}", result, others, args[0].dtype) else None
 
 
 def copy_step(moved: int, like: torch.Tensor) -> Step:

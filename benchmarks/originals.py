@@ -227,6 +227,27 @@ def skiparse_attention(
 ) -> list[Tensor]:
     """Groups folded into samples, the text copied to each group and averaged at the end."""
     batch, tokens = q.shape[:2]
+    out = attention(*joint_groups(q, k, v, sparse_n, pattern, text_q, text_k, text_v, mask, text_mask), scale)
+    out = out.unflatten(0, (batch, sparse_n))
+    places = -(-tokens // sparse_n**2) * sparse_n
+    visual = from_groups(out[:, :, :places], tokens, pattern)
+    return [visual] if text_q is None else [visual, out[:, :, places:].mean(1)]
+
+
+def joint_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_n: int,
+    pattern: str,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and mask of all groups, each a sample of its own."""
+    batch, tokens = q.shape[:2]
 
     def joint(visual: Tensor, text: Tensor | None) -> Tensor:
         visual = to_groups(visual, sparse_n, pattern).flatten(0, 1)
@@ -237,11 +258,33 @@ def skiparse_attention(
         if text_mask is None and text_k is not None:
             text_mask = torch.ones(text_k.shape[:2], dtype=torch.bool, device=q.device)
         mask = joint(shown, text_mask)
-    out = attention(joint(q, text_q), joint(k, text_k), joint(v, text_v), mask, scale)
-    out = out.unflatten(0, (batch, sparse_n))
-    places = -(-tokens // sparse_n**2) * sparse_n
-    visual = from_groups(out[:, :, :places], tokens, pattern)
-    return [visual] if text_q is None else [visual, out[:, :, places:].mean(1)]
+    return joint(q, text_q), joint(k, text_k), joint(v, text_v), mask
+
+
+def skiparse_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse_n: int,
+    pattern: str,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float | None,
+    grouped: bool,
+    num_tokens: int,
+) -> tuple[Tensor, ...]:
+    """The same groups, with all scores of each held for the log-sum-exp."""
+    args = q, k, v, sparse_n, pattern, text_q, text_k, text_v, mask, text_mask, scale, grouped, num_tokens
+    q, k, v, *_ = in_token_order(*args)
+    joint = joint_groups(q, k, v, sparse_n, pattern, text_q, text_k, text_v, mask, text_mask)
+    out, lse = (t.unflatten(0, (q.shape[0], sparse_n)) for t in attention_lse(*joint, scale))
+    places = -(-num_tokens // sparse_n**2) * sparse_n
+    visual = from_groups(out[:, :, :places], num_tokens, pattern)
+    visual_lse = from_groups(lse[..., :places].transpose(2, 3), num_tokens, pattern).transpose(1, 2)
+    return visual, visual_lse, out[:, :, places:], lse[..., places:]
 
 
 def skiparse_groups(x: Tensor, text: Tensor | None, sparse_n: int, pattern: str) -> Tensor:
@@ -383,5 +426,12 @@ ORIGINALS = {
     ),
     "rope_3d": Original(rope_3d, prepare=lambda x, *rest: (x, *rotation(*rest))),
     "skiparse_attention": Original(skiparse_attention, prepare=in_token_order),
+    "skiparse_attention_lse": Original(skiparse_attention_lse),
+    "skiparse_attention_lse_backward": Original(
+        skiparse_attention_lse,
+        prepare=lambda *args: args[4:-4],
+        upstream=lambda *args: args[:4],
+        wrt=(0, 1, 2, 5, 6, 7),
+    ),
     "skiparse_groups": Original(skiparse_groups),
 }

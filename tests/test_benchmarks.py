@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baselines of the speed table compute what the ops compute, and the table can be made."""
 
+import argparse
 import csv
 import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in ("originals", "measure", "report")}
+    names = ("originals", "measure", "report", "workloads", "device_timing", "attention", "liger", "models")
+    yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -121,3 +124,137 @@ def test_a_forced_backend_is_refused(tmp_path):
 def test_an_op_that_is_not_there_is_refused(tmp_path):
     done = run("--quick", "--op", "no_such_op", "--output", str(tmp_path))
     assert done.returncode != 0 and "no op 'no_such_op'; there are adaln_modulate" in done.stderr
+
+
+@pytest.fixture
+def small(modules):
+    """Of the workloads of accelerators."""
+    return modules["workloads"].Sizes(grid=(2, 8, 8), heads=2, head_dim=16, text=3, video=(5, 8, 8), layer=(3, 4, 4))
+
+
+def test_workloads_of_accelerators_fit_their_ops(modules, small):
+    originals, shapes = modules["originals"], modules["workloads"].workloads(CPU, torch.float64, small)
+    torch.manual_seed(0)
+    for op, makes in shapes.items():
+        for shape, make in makes.items():
+            args = make()
+            error = originals.relative_error(originals.bind(originals.ORIGINALS[op], args)(), ops.OPS[op](*args))
+            assert error <= originals.tolerance(torch.float64), (op, shape)
+    without = {"attention", "attention_lse", "causal_conv3d"}  # the library's own
+    elsewhere = {name for name in ops.OPS if name.startswith("skiparse_attention")}  # attention.py
+    assert set(shapes) == set(ops.OPS) - without - elsewhere
+    assert "1x36864x3072" in modules["workloads"].workloads(CPU, torch.float64)["gated_residual"]
+
+
+def test_device_timing_takes_turns_and_the_median(modules, monkeypatch):
+    timing, calls = modules["device_timing"], []
+    durations = iter([1.0] * 4 + [3e-3, 1e-3, 5e-3, 1e-3, 4e-3, 1e-3] + [4e-3, 1e-3] * 30)
+    monkeypatch.setattr(timing.HostEvent, "elapsed_time", lambda start, end: next(durations) * 1e3)
+    steps = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    next(durations), next(durations)
+    assert timing.in_turns(steps, CPU) == {"a": 4e-3, "b": 1e-3}
+    assert calls == ["a", "b"] * (2 + timing.ROUNDS[0]), "slow steps: the fewest rounds"
+
+
+def test_what_is_timed_is_the_call_and_not_what_goes_before(modules):
+    watch = modules["device_timing"].Watch(CPU)
+    (seconds,) = watch.seconds([watch.time(lambda: time.sleep(0.02))])
+    assert 0.02 <= seconds < 2
+    peaks = modules["device_timing"].peaks(CPU, torch.float32, size=64, moved=2**20)
+    assert peaks["copy"] > 1e6 and peaks["matmul"] > 1e6
+
+
+def test_figures_of_an_accelerator(modules):
+    measure, report = modules["measure"], modules["report"]
+    times = {"ours": 2e-3, "eager": 6e-3, "compile": 3e-3, "liger": 4e-3, "roofline": 1e-3}
+    row = measure.row("haar_2d", "bfloat16", "1x3", 1, CPU, times)
+    row = measure.accelerator_row(row, times, moved=4 * 10**9, bandwidth=2.5e12)
+    assert tuple(row) == report.ACCELERATOR_COLUMNS or set(row) == set(report.ACCELERATOR_COLUMNS)
+    assert (row["median_us"], row["gb_per_s"], row["share_of_copy"]) == ("2000.0", "2000", "0.80")
+    assert (row["ratio_to_eager"], row["ratio_to_compile"], row["ratio_to_liger"]) == ("3.00", "1.50", "2.00")
+    assert "| haar_2d | bfloat16 | 1x3 | 2000.0 | 2000 | 0.80 | 3.00 |" in report.markdown([row])
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on(modules, monkeypatch, capsys):
+    measure = modules["measure"]
+    monkeypatch.setattr(measure, "failed", [])
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    makes = {"first": broken, "second": lambda: ops.OPS["gated_residual"].samples(CPU, torch.float32)[1]}
+    monkeypatch.setattr(measure, "shapes_for", lambda device, dtype: {"gated_residual": makes})
+    arguments = argparse.Namespace(device="cpu", op=None, dtype=["float32"], threads=[1], quick=False)
+    rows = list(measure.measure_all(arguments))
+    assert [row["shape"] for row in rows] == ["second"] and measure.failed == ["gated_residual"]
+    assert "gated_residual first: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_skiparse_attention_is_measured_against_dense(modules, small, monkeypatch):
+    attention = modules["attention"]
+    monkeypatch.setattr(attention, "failed", [])
+    rows = list(attention.measure_all(CPU, torch.float32, quick=True, sizes=small))
+    assert attention.failed == []
+    found = {(row["case"], row["implementation"]) for row in rows}
+    for case in ("k=4 single", "k=4 group", "k=4 group, grouped"):
+        assert {(case, "ours (composite)"), (case, "copies and SDPA")} <= found
+    assert ("dense", "SDPA default") in found
+    assert all(float(row["to_ideal_best"]) > 0 for row in rows if row["case"] != "dense")
+    # a quarter of the arithmetic in half of the time: twice the ideal
+    row = attention.row("k=4", "ours", seconds=0.5, flops=250, best=1 / 1000, flash=2 / 1000)
+    assert (row["median_us"], row["to_ideal_best"], row["to_ideal_flash"]) == ("500000", "2.000", "1.000")
+
+
+def test_an_implementation_of_attention_that_is_wrong_has_no_figure(modules, small, monkeypatch):
+    attention = modules["attention"]
+    monkeypatch.setattr(attention, "failed", [])
+    wrong = modules["originals"].Original(lambda q, *_: [torch.zeros_like(q)])
+    monkeypatch.setitem(modules["originals"].ORIGINALS, "skiparse_attention", wrong)
+    rows = list(attention.measure_all(CPU, torch.float32, quick=True, sizes=small))
+    assert not any(row["implementation"] == "copies and SDPA" for row in rows)
+    assert attention.failed[0] == "copies and SDPA, k=4 single" and len(attention.failed) == 3
+
+
+def test_flex_attention_computes_the_same(modules, small, monkeypatch):
+    """Not compiled here: with its plain formula."""
+    attention = modules["attention"]
+    monkeypatch.setattr(attention, "failed", [])
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    for case in (attention.Case(4, "single"), attention.Case(4, "group", grouped=True)):
+        args = attention.arguments(case, small, CPU, torch.float32)
+        assert "FlexAttention" in attention.steps_of(case, args, compiled=True)
+    assert attention.failed == []
+
+
+def test_whole_model_is_measured_sparse_and_dense(modules, monkeypatch, tmp_path):
+    models = modules["models"]
+    arguments = "--device cpu --preset tiny --dtype float32 --size 9 64 64 --text 5 --repeats 1".split()
+    ratios = []
+    plain = ops.skiparse_attention
+    monkeypatch.setattr(
+        ops,
+        "skiparse_attention",
+        lambda *a, sparse_n, **k: ratios.append(sparse_n) or plain(*a, sparse_n=sparse_n, **k),
+    )
+    rows = {row["case"]: row for row in models.measure_all(models.parse(arguments))}
+    assert ratios == [1] * 12 + [1, 1, 2, 2, 1, 1] * 4, "dense, then as configured, then without kernels; twice each"
+    assert set(rows) == {"dense", "Skiparse", "Skiparse, no kernels"}
+    assert rows["dense"]["faster"] == rows["dense"]["attention_faster"] == "1.00"
+    for row in rows.values():
+        assert 0 < float(row["attention_s"]) < float(row["forward_s"])
+        assert tuple(row)[: len(models.COLUMNS)] == models.COLUMNS
+    assert float(rows["Skiparse"]["error"]) < 1e-5
+    assert "| dense |" in modules["report"].table(list(rows.values()), models.COLUMNS)
+
+
+def test_without_kernels_gives_them_back(modules):
+    op = ops.OPS["gated_residual"]
+    device = torch.device("npu")
+    before = op.backends.get("npu", [])
+    op.backends["npu"] = [ops._registry.Backend("some", op.reference)]
+    try:
+        with modules["models"].without_kernels(device):
+            assert ops.table("npu")["gated_residual"] == ["reference"]
+        assert ops.table("npu")["gated_residual"][0] == "some"
+    finally:
+        op.backends["npu"] = before

@@ -14,8 +14,10 @@ import torch
 from vidgen import __version__, ops
 from vidgen import device as devices
 
-PACKAGES = ("torch_npu", "triton", "triton-ascend", "safetensors", "transformers", "av", "decord", "pillow", "PyYAML")
-PACKAGES += ("matplotlib", "megatron-core", "mindspeed")
+PACKAGES = (
+    *("torch_npu", "triton", "triton-ascend", "safetensors", "transformers", "av", "decord", "pillow", "PyYAML"),
+    *("matplotlib", "megatron-core", "mindspeed"),
+)
 NATIVE = "cpu_cpp"  # the compiled kernels, which may be missing
 PLAIN = ("composite", "reference")  # implementations in PyTorch's own operators, on every device
 

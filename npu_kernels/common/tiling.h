@@ -55,5 +55,12 @@ VIDGEN_BOTH Run run_of(const RowSplit& split, uint32_t index) {
   run.end = run.begin + split.rows_per_part < split.rows ? run.begin + split.rows_per_part : split.rows;
   return run;
 }
+// Row `r` of a run, counted over all samples.
+VIDGEN_BOTH uint64_t row_at(const RowSplit& split, const Run& run, uint32_t r) {
+  return uint64_t(run.sample) * split.rows + r;
+}
+VIDGEN_BOTH uint64_t elements_of(const RowSplit& split, uint32_t channels) {
+  return uint64_t(split.samples) * split.rows * channels;
+}
 
 }  // namespace vidgen

@@ -152,6 +152,7 @@ inline uint8_t* take(uint32_t bytes) {
   }
   auto at = twin::core->buffer + twin::core->used;
   twin::core->used += bytes;
+  twin::core->blocks.resize(twin::core->used / 32);
   std::memset(at, 0xff, bytes);
   return at;
 }

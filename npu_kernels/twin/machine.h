@@ -48,7 +48,7 @@ struct Core {
   int index = 0, count = 1;
   uint8_t* buffer = nullptr;
   size_t used = 0;
-  std::vector<Block> blocks{TWIN_UB_BYTES / 32};
+  std::vector<Block> blocks;  // of what is in use
   uint64_t issued[PIPES] = {};
   std::vector<Clock> known = std::vector<Clock>(PIPES, Clock(PIPES, 0));
   std::map<std::pair<int, int>, Clock> flags;  // (event, id) -> what the setting pipe knew

@@ -51,9 +51,13 @@ def _longest_row(op: str, dtype: torch.dtype) -> int:
     return int(_kernels().longest_row(op, dtype))
 
 
-def _refuse_rows(op: str, x: Tensor, *modulation: Tensor) -> str | None:
+def _per_sample(*modulation: Tensor) -> str | None:
     if any(t.dim() == 3 for t in modulation):
         return "the kernel takes modulations per sample, not per token"
+    return None
+
+
+def _fits(op: str, x: Tensor) -> str | None:
     if x.shape[-1] > (limit := _longest_row(op, x.dtype)):
         return f"a row of {x.shape[-1]} channels is too long for the unified buffer, which takes {limit}"
     return None
@@ -64,15 +68,58 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _parameter(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _parameters(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in parameters)
 
 
 def _adaln_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    args = x.contiguous(), _rows(shift), _rows(scale), _parameter(weight), _parameter(bias)
-    return _kernels().adaln_modulate(*args, eps)  # type: ignore[no-any-return]
+) -> Any:
+    return _kernels().adaln_modulate(x.contiguous(), _rows(shift), _rows(scale), *_parameters(weight, bias), eps)
+
+
+def _adaln_modulate_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    rows = grad.contiguous(), x.contiguous(), _rows(scale)
+    return _kernels().adaln_modulate_backward(*rows, *_parameters(weight, bias), eps)
+
+
+def _gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Any:
+    return _kernels().gated_residual(x.contiguous(), _rows(gate), y.contiguous())
+
+
+def _gated_residual_backward(grad: Tensor, gate: Tensor, y: Tensor) -> Any:
+    return _kernels().gated_residual_backward(grad.contiguous(), _rows(gate), y.contiguous())
+
+
+def _gated_residual_adaln(
+    x: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Any:
+    rows = x.contiguous(), _rows(gate), y.contiguous(), _rows(shift), _rows(scale)
+    return _kernels().gated_residual_adaln(*rows, *_parameters(weight, bias), eps)
+
+
+def _gated_residual_adaln_backward(
+    grad_h: Tensor,
+    grad_modulated: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Any:
+    rows = grad_h.contiguous(), grad_modulated.contiguous(), h.contiguous(), _rows(gate), y.contiguous(), _rows(scale)
+    return _kernels().gated_residual_adaln_backward(*rows, *_parameters(weight, bias), eps)
 
 
 KERNELS = {
@@ -81,7 +128,26 @@ KERNELS = {
         Kernel(
             "adaln_modulate",
             _adaln_modulate,
-            lambda x, shift, scale, *_: _refuse_rows("adaln_modulate", x, shift, scale),
+            lambda x, shift, scale, *_: _per_sample(shift, scale) or _fits("adaln_modulate", x),
+        ),
+        Kernel(
+            "adaln_modulate_backward",
+            _adaln_modulate_backward,
+            lambda grad, x, scale, *_: _per_sample(scale) or _fits("adaln_modulate_backward", x),
+        ),
+        Kernel("gated_residual", _gated_residual, lambda x, gate, y: _per_sample(gate)),
+        Kernel("gated_residual_backward", _gated_residual_backward, lambda grad, gate, y: _per_sample(gate)),
+        Kernel(
+            "gated_residual_adaln",
+            _gated_residual_adaln,
+            lambda x, gate, y, shift, scale, *_: _per_sample(gate, shift, scale) or _fits("gated_residual_adaln", x),
+        ),
+        Kernel(
+            "gated_residual_adaln_backward",
+            _gated_residual_adaln_backward,
+            lambda grad_h, grad_modulated, h, gate, y, scale, *_: (
+                _per_sample(gate, scale) or _fits("gated_residual_adaln_backward", h)
+            ),
         ),
     )
 }

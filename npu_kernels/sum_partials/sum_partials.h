@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Second half of every sum over tokens. In the first, each core leaves one float row per run of tokens in a workspace
+// of its own place; here the rows are added in their order. No atomic addition: results are the same bits every time.
+#pragma once
+#include "common/rows.h"
+#include "sum_partials/sum_partials_tiling.h"
+
+namespace vidgen {
+
+template <typename T>
+class SumPartials {
+ public:
+  __aicore__ inline void init(GM_ADDR partials, GM_ADDR sums, const SumPartialsTiling& t) {
+    t_ = t;
+    const uint32_t row = lanes(t.columns);
+    partials_.init(pipe_, partials, uint64_t(t.outer) * t.parts * t.width, 2, row);
+    sums_.init(pipe_, sums, uint64_t(t.outer) * t.width, 1, row);
+    pipe_.InitBuffer(rows_, 2 * row * sizeof(float));
+    auto all = rows_.template Get<float>();
+    sum_ = all, next_ = all[row];
+  }
+
+  __aicore__ inline void process() {
+    const uint32_t pieces = ceil_div(t_.width, t_.columns);
+    for (uint32_t i = GetBlockIdx(); i < t_.outer * pieces; i += GetBlockNum()) {
+      const uint32_t column = i % pieces * t_.columns;
+      const uint32_t n = t_.width - column < t_.columns ? t_.width - column : t_.columns;
+      one(i / pieces, column, n);
+    }
+  }
+
+ private:
+  __aicore__ inline void one(uint64_t outer, uint32_t column, uint32_t n) {
+    const uint64_t first = outer * t_.parts * t_.width + column;
+    partials_.fetch(first, n);
+    partials_.take(sum_, n);
+    for (uint32_t part = 1; part < t_.parts; ++part) {
+      partials_.fetch(first + uint64_t(part) * t_.width, n);
+      partials_.take(next_, n);
+      Add(sum_, sum_, next_, n);
+      fence();
+    }
+    sums_.put(sum_, n);
+    sums_.send(outer * t_.width + column, n);
+  }
+
+  SumPartialsTiling t_;
+  TPipe pipe_;
+  RowIn<float> partials_;
+  RowOut<T> sums_;
+  TBuf<TPosition::VECCALC> rows_;
+  LocalTensor<float> sum_, next_;
+};
+
+}  // namespace vidgen

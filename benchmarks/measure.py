@@ -40,7 +40,7 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     together takes to measure, is compared with on the first number of threads.
     """
     device = devices.resolve(arguments.device)
-    dtypes = arguments.dtype or (("bfloat16", "float32") if device.type == "cpu" else ("bfloat16",))
+    dtypes = arguments.dtype or (("bfloat16",) if is_accelerator(device) else ("bfloat16", "float32"))
     shapes = {dtype: shapes_for(device, getattr(torch, dtype)) for dtype in dtypes}
     known = sorted(shapes[dtypes[0]])
     if unknown := [name for name in arguments.op or () if name not in known]:
@@ -52,7 +52,7 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for dtype in dtypes
         for shape in list(shapes[dtype][name])[: 1 if arguments.quick else None]
     ]
-    peaks = {dtype: device_timing.peaks(device, getattr(torch, dtype)) for dtype in dtypes if device.type != "cpu"}
+    peaks = {dtype: device_timing.peaks(device, getattr(torch, dtype)) for dtype in dtypes if is_accelerator(device)}
     reached[:] = [
         f"copy {peak['copy'] / 1e9:.0f} GB/s, {dtype} matmul {peak['matmul'] / 1e12:.0f} TFLOP/s"
         for dtype, peak in peaks.items()
@@ -74,7 +74,7 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = None
         if times is not None:
             found = row(name, dtype, shape, threads, device, times)
-            if device.type != "cpu":
+            if is_accelerator(device):
                 found = accelerator_row(found, times, moved, peaks[dtype]["copy"])
         minutes = (time.perf_counter() - start) / 60
         result = f"{found['ratio_to_eager']} x eager" if found else "no figures"
@@ -87,9 +87,14 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield found
 
 
+def is_accelerator(device: torch.device) -> bool:
+    """Whether figures are those of device_timing.py and workloads.py."""
+    return device.type != "cpu"
+
+
 def shapes_for(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """``{op: {shape: make the arguments}}``."""
-    if device.type != "cpu":
+    if is_accelerator(device):
         return accelerator.workloads(device, dtype)
     return {name: ops.OPS[name].workloads(device, dtype) for name in ORIGINALS}
 
@@ -116,7 +121,7 @@ def measure(
         size = MATMUL_SIZE.get(device.type, 8192)
         a, b = (torch.randn(size, size, device=device, dtype=args[0].dtype) for _ in range(2))
         candidates["matmul"] = lambda: a @ b
-    times = in_turns(candidates, clock) if device.type == "cpu" else device_timing.in_turns(candidates, device)
+    times = device_timing.in_turns(candidates, device) if is_accelerator(device) else in_turns(candidates, clock)
     by_flops = times["matmul"] * cost.flops / (2 * size**3) if cost.flops else 0.0
     return {**times, "roofline": max(times["copy"], by_flops)}
 

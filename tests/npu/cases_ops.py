@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from vidgen import ops
 
@@ -97,3 +100,57 @@ def samples_equal(name: str, dtype: str = "float32") -> dict[str, Any]:
         if op.composite is None:  # the compiler relies on what the fake says
             assert [y.stride() for y in got] == [y.stride() for y in tensors(op.fake(*args))], f"{name}, sample {i}"
     return {"calls": sorted(calls), "refused": refused, "samples": i + 1}
+
+
+def calls_of_all_samples() -> dict[str, Any]:
+    """Runs every sample of every op, forward and backward, in bfloat16, and returns how often each operator npu:: ran.
+
+    The dispatcher binds each call to torch_npu's schema: a name, keyword, type or number of arguments that it does not
+    have raises. Beyond that, results must have the shapes and dtypes that torch_npu's own meta kernel gives them;
+    ``unknown`` are the operators that have none.
+    """
+    seen: Counter[str] = Counter()
+    unknown: set[str] = set()
+
+    def compared(name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            results = REFERENCE[name](*args, **kwargs)
+            overload = getattr(torch.ops.npu, name.removeprefix("npu::")).default
+            try:
+                with _disable_current_modes():
+                    expected = overload(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+            except NotImplementedError:
+                unknown.add(name)
+                return results
+            assert forms(results) == forms(expected), f"{name}: {forms(results)} but there {forms(expected)}"
+            return results
+
+        return run
+
+    formulas = {name: compared(name) for name in REFERENCE}
+    for name in served():
+        op = ops.OPS[name]
+        backend = next(b for b in op.candidates("npu") if b.name == "npu_torch")
+        for args in op.samples(CPU, torch.bfloat16):
+            there = moved(device, args)
+            if backend.refuse(*there) is None:
+                with NpuEmulator(formulas), npu_torch_alone():
+                    with torch.no_grad():
+                        op(*there)
+                    forward_and_gradients(op, there)
+    names = {call.removeprefix("npu::") for call in seen}
+    return {"calls": names, "unknown": unknown}
+
+
+def to_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def forms(results: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of the results that hold anything: those for dropout and the like are empty."""
+    return [(tuple(t.shape), t.dtype) for t in tensors(results) if t.numel()]
+
+
+def registered(names: Sequence[str]) -> list[str]:
+    return [name for name in names if hasattr(torch.ops.npu, name)]

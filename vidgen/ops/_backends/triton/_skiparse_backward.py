@@ -8,9 +8,7 @@ With ``P = exp(S - lse)`` and ``delta = rowsum(grad * out) - grad_lse``:
 import triton
 import triton.language as tl
 
-from ._skiparse_tiles import load_column, load_rows, rows_of, shown_rows, store_column, store_rows
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ._skiparse_tiles import LOG2_E, load_column, load_rows, rows_of, shown_rows, store_column, store_rows
 
 
 @triton.jit
@@ -18,7 +16,7 @@ def skiparse_delta(
     grad, out, grad_lse, delta, length, heads, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``rowsum(grad * out) - grad_lse``; grad and out (samples, length, heads, D), the others (samples, heads, length)."""
+    """``rowsum(grad * out) - grad_lse``; grad, out (samples, length, heads, D), the others (samples, heads, length)."""
     pid = tl.program_id(0)
     start = pid % tiles * BLOCK_M
     head = pid // tiles % heads

@@ -4,23 +4,22 @@
 import triton
 import triton.language as tl
 
-from ._skiparse_tiles import load_rows, rows_of, shown_rows, store_column, store_rows
+from ._skiparse_tiles import LOG2_E, load_rows, rows_of, shown_rows, store_column, store_rows
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def visit(q, k, v, shown, most, total, acc, scale, HIDING: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax, in powers of two: ``scale`` holds log2(e)."""
+def visit(q, k, v, shown, most, total, acc, factor, HIDING: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax, in powers of two."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HIDING:
         scores = tl.where(shown[None, :], scores, float("-inf"))
-    now = tl.maximum(most, tl.max(scores, 1) * scale)
+    now = tl.maximum(most, tl.max(scores, 1) * factor)
     shift = now
     if HIDING:  # of a row that has seen nothing yet: -inf - -inf is no number
         shift = tl.where(now == float("-inf"), 0.0, now)
-    weights = tl.exp2(scores * scale - shift[:, None])
+    weights = tl.exp2(scores * factor - shift[:, None])
     kept = tl.exp2(most - shift)
     total = total * kept + tl.sum(weights, 1)
     acc = acc * kept[:, None]
@@ -40,6 +39,7 @@ def skiparse_forward(
     HAS_TEXT_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OF_TEXT: the queries are the text's, once per group; else the group's tokens."""
+    factor = scale * LOG2_E  # rounded as in the gradient, or its weights would not sum to one
     pid = tl.program_id(0)
     tile = pid % tiles
     rest = pid // tiles
@@ -89,7 +89,7 @@ def skiparse_forward(
         value = load_rows(v_at + place_i * v_token, place_row * v_token, BLOCK_N, D, BLOCK_N, BLOCK_D, False)
         token_i = group * token_group + column_i + start_i * token_row
         shown = shown_rows(mask + batch * tokens + token_i, token_row, BLOCK_N, BLOCK_N, HAS_MASK)
-        most, total, acc = visit(queries, key, value, shown, most, total, acc, scale, HAS_MASK, PRECISION)
+        most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, HAS_MASK, PRECISION)
     if not EVEN:
         for column_i in range(0, columns):
             start_i = whole * BLOCK_N
@@ -100,7 +100,7 @@ def skiparse_forward(
             value = load_rows(v_at + place_i * v_token, place_row * v_token, rows_i, D, BLOCK_N, BLOCK_D, True)
             token_i = first_i + start_i * token_row
             shown = shown_rows(mask + batch * tokens + token_i, token_row, rows_i, BLOCK_N, HAS_MASK)
-            most, total, acc = visit(queries, key, value, shown, most, total, acc, scale, True, PRECISION)
+            most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, True, PRECISION)
     if HAS_TEXT:
         for start_i in range(0, text, BLOCK_N):
             key_at = text_k + batch * text_k_batch + head * text_k_head + start_i * text_k_token
@@ -108,7 +108,7 @@ def skiparse_forward(
             key = load_rows(key_at, text_k_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
             value = load_rows(value_at, text_v_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
             shown = shown_rows(text_mask + batch * text + start_i, 1, text - start_i, BLOCK_N, HAS_TEXT_MASK)
-            most, total, acc = visit(queries, key, value, shown, most, total, acc, scale, True, PRECISION)
+            most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, True, PRECISION)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)

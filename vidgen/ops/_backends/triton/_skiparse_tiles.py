@@ -12,6 +12,8 @@ matter, so a tile never crosses runs, and each access is a block of rows with on
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def load_rows(start, step, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):

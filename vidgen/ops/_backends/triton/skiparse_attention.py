@@ -17,7 +17,6 @@ from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_
 from ._skiparse_backward import skiparse_delta, skiparse_grad_keys, skiparse_grad_queries
 from ._skiparse_forward import skiparse_forward
 
-LOG2_E = 1.4426950408889634
 MOST_CHANNELS = 256
 
 
@@ -158,7 +157,7 @@ def skiparse_attention_lse(
     shared = {
         "k": k, "v": v, "text_k": text_k, "text_v": text_v,
         "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q),
-        **strides(k=k, v=v, text_k=text_k, text_v=text_v), "text": text, "scale": softmax_scale(q, scale) * LOG2_E,
+        **strides(k=k, v=v, text_k=text_k, text_v=text_v), "text": text, "scale": softmax_scale(q, scale),
         "EVEN": num_tokens % (groups.token_row * keys) == 0, "HAS_TEXT": text > 0,
         "HAS_MASK": mask is not None, "HAS_TEXT_MASK": text_mask is not None,
     }  # fmt: skip

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from vidgen import ops
+from vidgen.ops._backends.npu import _packing
+from vidgen.ops.context_parallel.blocks import attend, attend_backward, merge
+from vidgen.ops.skiparse_attention import new_args
 
 from .emulator import NpuEmulator, same_memory
-from .emulator_reference import REFERENCE
+from .emulator_reference import REFERENCE, npu_fusion_attention
 
 CPU = torch.device("cpu")
 
@@ -154,3 +160,182 @@ def forms(results: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 def registered(names: Sequence[str]) -> list[str]:
     return [name for name in names if hasattr(torch.ops.npu, name)]
+
+
+# What samples do not show: which calls are made, and how often.
+
+
+def attention_calls(f: Callable[[], Any]) -> list[dict[str, Any]]:
+    """``f`` on the emulated device: layout, heads, lengths and mask of each call of npu_fusion_attention."""
+    made = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(npu_fusion_attention).bind(*args, **kwargs)
+        made.append(bound.arguments)
+        return npu_fusion_attention(*args, **kwargs)
+
+    with NpuEmulator({**REFERENCE, "npu::npu_fusion_attention": watched}), npu_torch_alone():
+        f()
+    keep = ("input_layout", "head_num", "actual_seq_kvlen", "actual_seq_qlen", "atten_mask", "scale")
+    return [
+        {**{k: c[k] for k in keep if k in c and k != "atten_mask"}, "masked": c.get("atten_mask") is not None}
+        for c in made
+    ]
+
+
+def draw_qkv(batch: int, queries: int, keys: int, heads: int = 2, dim: int = 8) -> list[Tensor]:
+    torch.manual_seed(0)
+    sizes = (queries, keys, keys)
+    return [torch.randn(batch, n, heads, dim) for n in sizes]
+
+
+def lengths_mask(lengths: Sequence[int], keys: int) -> Tensor:
+    return torch.arange(keys)[None] < torch.tensor(lengths)[:, None]
+
+
+def padded_text_is_packed() -> None:
+    """One reading of a mask serves all layers, until the mask changes."""
+    q, k, v = draw_qkv(3, 4, 6)
+    mask = lengths_mask([2, 6, 3], 6)
+    there = [device(t) for t in (q, k, v, mask)]
+    readings: list[int] = []
+    plain_pack = _packing.pack
+
+    def counted(*args: Any) -> Any:
+        readings.append(1)
+        return plain_pack(*args)
+
+    def layers() -> None:
+        for _ in range(3):
+            out = ops.attention(*there[:3], mask=there[3])
+            torch.testing.assert_close(host(out), ops.attention(q, k, v, mask=mask))
+
+    with mock.patch.object(_packing, "pack", counted):
+        calls = attention_calls(layers)
+        assert len(readings) == 1
+        with NpuEmulator(REFERENCE):
+            there[3][0, 2:] = True
+        mask[0, 2:] = True
+        calls += attention_calls(layers)
+        assert len(readings) == 2
+    assert [c["input_layout"] for c in calls] == ["TND"] * 6 and not any(c["masked"] for c in calls)
+    assert list(calls[0]["actual_seq_kvlen"]) == [2, 8, 11] and list(calls[0]["actual_seq_qlen"]) == [4, 8, 12]
+    assert list(calls[3]["actual_seq_kvlen"]) == [6, 12, 15]
+    assert all(c["scale"] == 8**-0.5 for c in calls)
+
+
+def mask_of_ones_costs_nothing() -> None:
+    q, k, v = (device(t) for t in draw_qkv(2, 4, 6))
+    mask = device(torch.ones(2, 6, dtype=torch.bool))
+    (call,) = attention_calls(lambda: ops.attention(q, k, v, mask=mask))
+    assert call["input_layout"] == "BSND" and not call["masked"]
+
+
+def nothing_seen_gives_zero() -> None:
+    """In the packed form, in the masked one and with statistics; gradients stay finite and are 0 there."""
+    q, k, v = draw_qkv(2, 3, 5)
+    whole = lengths_mask([0, 4], 5)
+    some_rows = torch.rand(2, 3, 5) < 0.5
+    some_rows[0, 1] = False
+    for mask in (whole, some_rows):
+        args = (q, k, v, mask, None)
+        wanted, wanted_grads = forward_and_gradients(ops.OPS["attention"], args, reference=True)
+        with NpuEmulator(REFERENCE), npu_torch_alone():
+            got, grads = forward_and_gradients(ops.OPS["attention"], moved(device, args))
+            out, lse = ops.attention_lse(*moved(device, args[:3]), mask=device(mask))
+        torch.testing.assert_close([host(t) for t in [*got, *grads]], [*wanted, *wanted_grads])
+        torch.testing.assert_close([host(out), host(lse)], list(ops.OPS["attention_lse"].reference(*args)))
+
+
+def masks_of_scores_are_passed_on() -> None:
+    q, k, v = draw_qkv(2, 3, 5)
+    for shape in ((2, 3, 5), (2, 2, 3, 5)):
+        mask = (torch.rand(shape) < 0.7).index_fill(-1, torch.tensor(0), True)
+        args = [device(t) for t in (q, k, v, mask)]
+        (call,) = attention_calls(lambda args=args: ops.attention(*args[:3], mask=args[3]))
+        assert call["masked"] and call["input_layout"] == "BSND"
+
+
+def more_sequences_than_fit_are_masked() -> None:
+    q, k, v = draw_qkv(1001, 1, 2, heads=1, dim=1)
+    mask = torch.ones(1001, 2, dtype=torch.bool).index_fill_(0, torch.tensor(5), False)
+    mask[7, 1] = False
+    out: list[Tensor] = []
+    args = [device(t) for t in (q, k, v, mask)]
+    (call,) = attention_calls(lambda: out.append(ops.attention(*args[:3], mask=args[3])))
+    assert call["masked"] and call["input_layout"] == "BSND"
+    torch.testing.assert_close(host(out[0]), ops.attention(q, k, v, mask=mask))
+
+
+def skiparse_is_one_call(pattern: str, text: int, masks: str, heads: int, batch: int) -> dict[str, Any]:
+    """The one call, after its result and gradients have been compared with the reference."""
+    torch.manual_seed(0)
+    mask = lengths_mask([11, 14][:batch], 16) if "video" in masks else None
+    text_mask = lengths_mask([1, text][:batch], text) if "text" in masks else None
+    tokens = 13 if "padding" in masks else 16
+    args = new_args(batch, tokens, heads, 4, 2, pattern, text, CPU, torch.float32, mask=mask, text_mask=text_mask)
+    op = ops.OPS["skiparse_attention"]
+    wanted, wanted_grads = forward_and_gradients(op, args, reference=True)
+    got: list[Any] = []
+    (call,) = attention_calls(lambda: got.extend(forward_and_gradients(op, moved(device, args))))
+    torch.testing.assert_close([host(t) for t in [*got[0], *got[1]]], [*wanted, *wanted_grads], atol=1e-5, rtol=1e-5)
+    return call
+
+
+def in_fake_mode() -> None:
+    """Masks without values go along as masks; shapes are those of the CPU's."""
+    q, k, v = draw_qkv(2, 16, 16)
+    mask = lengths_mask([11, 14], 16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t).to("npu").requires_grad_(t.is_floating_point()) for t in (q, k, v, mask)]
+        assert type(fakes[0]) is FakeTensor
+        for out in (
+            ops.attention(*fakes[:3], mask=fakes[3]),
+            ops.skiparse_attention(*fakes[:3], mask=fakes[3], sparse_n=2, pattern="group"),
+            ops.skiparse_attention(*(t[:, :13] for t in fakes[:3]), sparse_n=2, pattern="single"),
+        ):
+            assert isinstance(out, Tensor) and out.device.type == "npu" and out.shape[2:] == q.shape[2:]
+            out.sum().backward()
+        assert fakes[0].grad is not None and fakes[0].grad.shape == q.shape
+
+
+def ring_of_blocks() -> None:
+    """A ring's blocks of keys, merged and differentiated by torch_npu's ops, equal attention to all keys."""
+    torch.manual_seed(0)
+    q, k, v = draw_qkv(2, 5, 9)
+    grad = torch.randn(q.shape)
+    mask = lengths_mask([2, 9], 9)  # the first sample sees nothing of the later blocks
+    mask[1, 3:5] = False
+    wanted, wanted_lse = ops.OPS["attention_lse"].reference(q, k, v, mask, None)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    wanted_grads = torch.autograd.grad(ops.OPS["attention"].reference(*leaves, mask, None), leaves, grad)
+    dq, dk, dv, dmask, dgrad = (device(t) for t in (q, k, v, mask, grad))
+    parts = [slice(0, 3), slice(3, 5), slice(5, 9)]
+    with NpuEmulator(REFERENCE) as emulator, npu_torch_alone(), torch.no_grad():
+        total = None
+        for p in parts:
+            total = merge(total, attend(dq, dk[:, p], dv[:, p], dmask[:, p], None))
+        assert total is not None
+        shares = [attend_backward(dgrad, dq, dk[:, p], dv[:, p], *total, dmask[:, p], None) for p in parts]
+        grad_q = sum(share[0] for share in shares)
+        grads = [grad_q, *(torch.cat([share[i] for share in shares], 1) for i in (1, 2))]
+    torch.testing.assert_close([host(t) for t in total], [wanted, wanted_lse])
+    torch.testing.assert_close([host(t) for t in grads], list(wanted_grads))
+    assert emulator.calls["npu::npu_ring_attention_update"] == 2
+    assert emulator.calls["npu::npu_fusion_attention"] == emulator.calls["npu::npu_fusion_attention_grad"] == 3
+
+
+def merge_of_rows_that_saw_nothing() -> None:
+    torch.manual_seed(0)
+    out = [torch.randn(2, 3, 2, 8) for _ in range(2)]
+    lse = [torch.randn(2, 2, 3) for _ in range(2)]
+    for part, rows in ((0, [0, 1]), (1, [1, 2])):  # of the first sample: only the second, neither, only the first
+        lse[part][0][:, rows] = -torch.inf
+        out[part][0][rows] = 0
+    lse[0][1], lse[1][1] = 1e4, -1e4
+    args = (out[0], lse[0], out[1], lse[1])
+    wanted = ops.merge_attention(*args)
+    with NpuEmulator(REFERENCE) as emulator, npu_torch_alone():
+        got = ops.merge_attention(*moved(device, args))
+    torch.testing.assert_close([host(t) for t in got], list(wanted))
+    assert emulator.calls["npu::npu_ring_attention_update"] == 1 and host(got[1])[0, 0, 1] == -torch.inf

@@ -15,6 +15,7 @@ from .attention import attention, attention_lse
 from .causal_conv3d import causal_conv3d
 from .gated_residual import gated_residual
 from .gated_residual_adaln import gated_residual_adaln
+from .gelu import gelu
 from .group_norm_silu import group_norm_silu
 from .haar_2d import haar_2d, inverse_haar_2d
 from .haar_3d import haar_3d, inverse_haar_3d
@@ -23,6 +24,7 @@ from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope
 from .rope_3d import rope_3d, rope_3d_table
 from .skiparse_attention import skiparse_attention
+from .skiparse_attention_lse import skiparse_attention_lse
 from .skiparse_groups import skiparse_groups
 from .skiparse_index import skiparse_index, skiparse_padded_length
 
@@ -43,6 +45,7 @@ __all__ = [
     "explain",
     "gated_residual",
     "gated_residual_adaln",
+    "gelu",
     "group_norm_silu",
     "haar_2d",
     "haar_3d",
@@ -55,6 +58,7 @@ __all__ = [
     "rope_3d",
     "rope_3d_table",
     "skiparse_attention",
+    "skiparse_attention_lse",
     "skiparse_groups",
     "skiparse_index",
     "skiparse_padded_length",

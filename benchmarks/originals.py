@@ -407,6 +407,7 @@ ORIGINALS = {
         upstream=lambda grad, *_: (grad,),
         wrt=(1, 2),
     ),
+    "gelu": Original(lambda x, approximate: F.gelu(x, approximate=approximate)),
     "group_norm_silu": Original(group_norm_silu),
     "group_norm_silu_backward": Original(
         group_norm_silu, prepare=lambda grad, *rest: rest, upstream=lambda grad, *_: (grad,), wrt=(0, 2, 3)

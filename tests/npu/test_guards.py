@@ -55,6 +55,10 @@ def rms_norm(dtype=torch.float32, weight=None, tokens=3):
     )
 
 
+def gelu(dtype=torch.float32, axes=2, size=2):
+    return _guards.gelu(meta(*[size] * axes, dtype=dtype))
+
+
 def group_norm(dtype=torch.float32, weight=None, bias=None, size=4):
     weight, bias = (None if t is None else torch.empty(8, dtype=t) for t in (weight, bias))
     return _guards.group_norm(meta(1, 8, size, size, dtype=dtype), weight, bias)
@@ -121,6 +125,9 @@ LIMITS = {
                         at(dtype=torch.bfloat16, weight=torch.float16), "weight must be torch.bfloat16 or float32"),
     "rms_norm weight narrower": (rms_norm, at(weight=torch.float32), at(weight=torch.bfloat16), "weight must be"),
     "rms_norm empty": (rms_norm, at(tokens=1), at(tokens=0), "a size is 0"),
+    "gelu dtype": (gelu, at(dtype=torch.float16), at(dtype=torch.float64), "not float64"),
+    "gelu axes": (gelu, at(axes=8), at(axes=9), "x must have at most 8 axes, got 9"),
+    "gelu empty": (gelu, at(size=1), at(size=0), "a size is 0"),
     "group_norm dtype": (group_norm, at(dtype=torch.float16), at(dtype=torch.float64), "not float64"),
     "group_norm weight": (group_norm, at(dtype=torch.float16, weight=torch.float16),
                           at(dtype=torch.float16, weight=torch.float32), "weight and bias must be torch.float16"),

@@ -100,10 +100,9 @@ def flash_cpu_refuses(
     return "a size is 0" if 0 in (*q.shape, *k.shape) else None
 
 
-def from_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, whole: Callable[[Tensor], Tensor]
-) -> Args:
-    """Arguments in which these keys are only a part: of ``whole(k)`` and ``whole(v)``."""
+def from_forward(args: tuple[Any, ...], whole: Callable[[Tensor], Tensor] = lambda t: t) -> Args:
+    """From the arguments of attention, whose keys may be only a part: of ``whole(k)`` and ``whole(v)``."""
+    q, k, v, mask, scale = args
     more = whole(k)
     everything = torch.ones(more.shape[:2], dtype=torch.bool, device=q.device)
     if mask is not None:
@@ -112,12 +111,8 @@ def from_forward(
     return torch.randn_like(out), q, k, v, out, lse, mask, scale
 
 
-def alone(t: Tensor) -> Tensor:
-    return t
-
-
 def samples(device: torch.device, dtype: torch.dtype) -> list[Args]:
-    return [from_forward(*args, alone) for args in attention_samples(device, dtype) if over_keys(args[3])]
+    return [from_forward(args) for args in attention_samples(device, dtype) if over_keys(args[3])]
 
 
 def over_keys(mask: Tensor | None) -> bool:
@@ -126,7 +121,7 @@ def over_keys(mask: Tensor | None) -> bool:
 
 def workloads(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Any, ...]]]:
     def new() -> tuple[Any, ...]:
-        return from_forward(*(draw((1, 1024, 12, 64), device, dtype) for _ in range(3)), None, None, alone)
+        return from_forward((*(draw((1, 1024, 12, 64), device, dtype) for _ in range(3)), None, None))
 
     return {"1x1024x12x64": new}
 
@@ -138,7 +133,7 @@ def random_args(choose: Choose, device: torch.device, dtype: torch.dtype) -> tup
     def whole(t: Tensor) -> Tensor:
         return torch.cat((t, draw((t.shape[0], more, *t.shape[2:]), device, dtype)), 1)
 
-    return from_forward(q, k, v, mask if over_keys(mask) else None, scale, whole)
+    return from_forward((q, k, v, mask if over_keys(mask) else None, scale), whole)
 
 
 def cost(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> Cost:

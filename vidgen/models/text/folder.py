@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vidgen import ops
 from vidgen.io import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -57,6 +58,9 @@ def load_model(model_class: Any, folder: Path, user: str) -> Any:
     if missing:
         # transformers would fill these with random numbers and only warn
         raise ValueError(f"{user}: weights in {folder} lack {len(missing)} tensors: {', '.join(missing[:10])}")
+    for module in model.modules():
+        if type(module).__name__ == "GELUActivation":  # by PyTorch's F.gelu, which is not exact on every device
+            module.act = ops.gelu
     return model
 
 

@@ -15,6 +15,7 @@ SERVED = (
     "attention",
     "attention_backward",
     "attention_lse",
+    "gelu",
     "group_norm_silu",
     "group_norm_silu_backward",
     "merge_attention",

@@ -132,6 +132,11 @@ def rms_norm(x: Tensor, weight: Tensor | None) -> str | None:
     return first((dtype(x), not_empty(x), None if fits or weight is None else f"{wanted}, got {weight.dtype}"))
 
 
+def gelu(x: Tensor) -> str | None:
+    """npu_gelu."""
+    return first((dtype(x), not_empty(x), None if x.dim() <= 8 else f"x must have at most 8 axes, got {x.dim()}"))
+
+
 def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
     """npu_group_norm_swish."""
     other = next((t for t in (weight, bias) if t is not None and t.dtype != x.dtype), None)

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The battery that every op passes, over its own samples. Truth is the reference in float64."""
+"""The battery that every op passes, over its own samples. Truth is the reference in float64.
+
+TEST_DEVICE=cuda runs it on that device, on the implementations that ops have there (`make test-device DEVICE=cuda`).
+"""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -12,6 +16,10 @@ from vidgen import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+EXAMPLES = 60 if DEVICE.type == "cpu" else 15  # elsewhere every new shape may be compiled first
+if DEVICE.type == "cuda":
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions of float32 have the accuracy of 16 bits
 ALL = list(ops.OPS.values())
 BACKENDS = ["default", "reference"]
 
@@ -33,7 +41,7 @@ def sampled(dtypes, which=lambda op: True):
 
 def arguments(op, dtype, i):
     torch.manual_seed(i)
-    return op.samples(CPU, dtype)[i]
+    return op.samples(DEVICE, dtype)[i]
 
 
 def differentiable(op):
@@ -67,7 +75,7 @@ def on_neighbours(op, args):
     signs, eps = torch.Generator().manual_seed(0), torch.finfo(torch.float32).eps
 
     def off(a):
-        return (a.double() * (1 + eps * (2 * torch.randint(2, a.shape, generator=signs) - 1))).to(a.dtype)
+        return (a.double() * (1 + eps * (2 * torch.randint(2, a.shape, generator=signs).to(a.device) - 1))).to(a.dtype)
 
     def distances(xs, ys):
         gaps = [(x.double() - y).abs().nan_to_num(0) for x, y in zip(xs, ys, strict=True)]
@@ -150,7 +158,7 @@ def test_a_row_of_a_batch_equals_the_call_on_that_row(op, dtype, i):
     whole = tensors(op(*args))
     for b in range(args[0].shape[0]):
         for alone, y in zip(tensors(op(*row(op, args, b))), whole, strict=True):
-            if ops.table()[op.name][0] in ("composite", "reference"):
+            if ops.table(DEVICE.type)[op.name][0] in ("composite", "reference") or op.composite:
                 # library calls may block a batch otherwise than a row
                 torch.testing.assert_close(alone, y[b : b + 1])
             else:
@@ -174,7 +182,7 @@ def test_gradients_are_as_accurate_as_eager(op, dtype, i):
         args = mapped(lambda a: a.detach().clone().requires_grad_(), args)
         out = [y for y in tensors(f(*args)) if y.requires_grad]
         torch.manual_seed(0)
-        seeds = [torch.randn(y.shape).to(y.dtype) for y in out]
+        seeds = [torch.randn(y.shape).to(y.device, y.dtype) for y in out]
         leaves = [a for a in tensors(args) if a.requires_grad]
         return torch.autograd.grad(out, leaves, [s.to(y.dtype) for s, y in zip(seeds, out, strict=True)],
                                    allow_unused=True)  # fmt: skip
@@ -217,6 +225,20 @@ def test_every_output_is_written_and_nothing_else(op, dtype, i, native):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there the compiled kernels have a stricter test of their own")
+@pytest.mark.parametrize("op, dtype, i", sampled(DTYPES))
+def test_every_output_is_written_on_this_device(op, dtype, i):
+    """PyTorch fills what it allocates with NaN while it is told to be deterministic."""
+    args = arguments(op, dtype, i)
+    expected = tensors(op(*args))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = tensors(op(*args))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("op, dtype, i", sampled([torch.float32]))
 def test_reference_does_not_depend_on_uninitialised_memory(op, dtype, i, monkeypatch):
     args = arguments(op, dtype, i)
@@ -238,7 +260,7 @@ def test_reference_does_not_depend_on_uninitialised_memory(op, dtype, i, monkeyp
 def test_out_form_writes_the_same_result(op, dtype, i):
     args = arguments(op, dtype, i)
     expected = op(*args)
-    margin = torch.full((expected.numel() + 128,), float("nan"), dtype=dtype)
+    margin = torch.full((expected.numel() + 128,), float("nan"), dtype=dtype, device=DEVICE)
     out = margin[64:-64].view(expected.shape)
     assert op.into(out, *args) is out
     assert torch.equal(out, expected)
@@ -260,25 +282,25 @@ def test_out_form_refuses_what_does_not_fit(op):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_shape_and_stride(op, dtype, data):
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    args = op.random_args(lambda options: data.draw(st.sampled_from(options)), CPU, dtype)
+    args = op.random_args(lambda options: data.draw(st.sampled_from(options)), DEVICE, dtype)
     assert_as_accurate_as_eager(op, args)
 
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
 def test_a_forced_backend_that_does_not_exist_is_an_error(op):
     args = arguments(op, torch.float32, 0)
-    with ops.use_backend("npu_torch"), pytest.raises(ValueError, match="no backend 'npu_torch' on cpu"):
+    with ops.use_backend("absent"), pytest.raises(ValueError, match=f"no backend 'absent' on {DEVICE.type}"):
         op(*args)
 
 
 @pytest.mark.parametrize("op", ALL, ids=lambda op: op.name)
 def test_explain_names_every_candidate_once(op):
     lines = ops.explain(op.name, *arguments(op, torch.float32, 0)).splitlines()
-    assert [line.split(":")[0] for line in lines] == ops.table("cpu")[op.name]
+    assert [line.split(":")[0] for line in lines] == ops.table(DEVICE.type)[op.name]
     assert sum(line.endswith("runs") for line in lines) == 1
 
 

@@ -128,6 +128,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residua
           summed_parameter(to, h, sums.bias)};
 }
 
+Tensor haar_3d_op(const Tensor& x, double filter_constant, bool repeat_first_frame) {
+  const Launch to = launch_on(x);
+  HaarTiling t{uint32_t(x.size(0)),
+               uint32_t(x.size(1)),
+               uint32_t(x.size(2) + repeat_first_frame) / 2,
+               uint32_t(x.size(3) / 2),
+               uint32_t(x.size(4) / 2),
+               uint32_t(x.size(2)),
+               0,
+               0,
+               float(filter_constant)};
+  tile(t, to.type, false);
+  const Tensor y = at::empty({x.size(0), 8 * x.size(1), t.frames, t.height, t.width}, x.options());
+  haar_3d(to, in(x), out(y), t);
+  return y;
+}
+
+Tensor inverse_haar_3d_op(const Tensor& y, double filter_constant, bool drop_first_frame) {
+  const Launch to = launch_on(y);
+  HaarTiling t{uint32_t(y.size(0)),
+               uint32_t(y.size(1) / 8),
+               uint32_t(y.size(2)),
+               uint32_t(y.size(3)),
+               uint32_t(y.size(4)),
+               uint32_t(2 * y.size(2) - drop_first_frame),
+               0,
+               0,
+               float(filter_constant)};
+  tile(t, to.type, true);
+  const Tensor x = at::empty({y.size(0), y.size(1) / 8, t.video_frames, 2 * y.size(3), 2 * y.size(4)}, y.options());
+  inverse_haar_3d(to, in(y), out(x), t);
+  return x;
+}
+
 // The longest row of an op that must have whole rows in the unified buffer. Bytes grow with the row.
 int64_t longest_row(const std::string& op, at::ScalarType dtype) {
   const Float type = float_type(dtype);
@@ -160,6 +194,8 @@ TORCH_LIBRARY(vidgen_ascendc, m) {
       "gated_residual_adaln_backward(Tensor grad_h, Tensor grad_modulated, Tensor h, Tensor gate, Tensor y, "
       "Tensor scale, Tensor? weight, Tensor? bias, float eps) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("haar_3d(Tensor x, float filter_constant, bool repeat_first_frame) -> Tensor");
+  m.def("inverse_haar_3d(Tensor y, float filter_constant, bool drop_first_frame) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(vidgen_ascendc, VIDGEN_KEY, m) {
@@ -169,6 +205,8 @@ TORCH_LIBRARY_IMPL(vidgen_ascendc, VIDGEN_KEY, m) {
   m.impl("gated_residual_backward", &gated_residual_backward_op);
   m.impl("gated_residual_adaln", &gated_residual_adaln_op);
   m.impl("gated_residual_adaln_backward", &gated_residual_adaln_backward_op);
+  m.impl("haar_3d", &haar_3d_op);
+  m.impl("inverse_haar_3d", &inverse_haar_3d_op);
 }
 
 }  // namespace vidgen

@@ -5,6 +5,7 @@
 #include "common/adaln_gradients_tiling.h"
 #include "gated_residual/gated_residual_tiling.h"
 #include "gated_residual_adaln/gated_residual_adaln_tiling.h"
+#include "haar_3d/haar_3d_tiling.h"
 #include "sum_partials/sum_partials_tiling.h"
 
 namespace vidgen {
@@ -35,6 +36,8 @@ void gated_residual_adaln(Launch to, Memory x, Memory gate, Memory y, Memory shi
 void gated_residual_adaln_backward(Launch to, Memory grad_h, Memory grad_modulated, Memory h, Memory gate, Memory y,
                                    Memory scale, Memory weight, Memory bias, Memory grad_x, Memory grad_y,
                                    Memory sum_gate, const Sums& sums, const AdalnBackwardTiling& tiling);
+void haar_3d(Launch to, Memory x, Memory y, const HaarTiling& tiling);
+void inverse_haar_3d(Launch to, Memory y, Memory x, const HaarTiling& tiling);
 void sum_partials(Launch to, Memory partials, Memory sums, const SumPartialsTiling& tiling);
 
 }  // namespace vidgen

@@ -15,7 +15,7 @@ class RowIn {
   }
   __aicore__ inline void fetch(uint64_t at, uint32_t n) {
     auto row = queue_.template AllocTensor<T>();
-    load(row, from_[at], n);
+    load(row, from_[at], one_row(n));
     queue_.EnQue(row);
   }
   __aicore__ inline void take(const LocalTensor<float>& to, uint32_t n) {
@@ -55,7 +55,7 @@ class RowOut {
   // To another place than that of init.
   __aicore__ inline void send(const GlobalTensor<T>& to, uint64_t at, uint32_t n) {
     auto row = queue_.template DeQue<T>();
-    store(to[at], row, n);
+    store(to[at], row, one_row(n));
     queue_.FreeTensor(row);
   }
 
@@ -71,7 +71,7 @@ class Parameters {
   __aicore__ inline void init(TPipe& pipe, uint32_t row) { pipe.InitBuffer(queue_, 1, row * sizeof(T)); }
   __aicore__ inline void read(const LocalTensor<float>& to, GM_ADDR from, uint64_t at, uint32_t n) {
     auto row = queue_.template AllocTensor<T>();
-    load(row, global<T>(from, at + n)[at], n);
+    load(row, global<T>(from, at + n)[at], one_row(n));
     queue_.EnQue(row);
     row = queue_.template DeQue<T>();
     widen(to, row, n);

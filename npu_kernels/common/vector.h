@@ -41,19 +41,26 @@ __aicore__ inline void narrow(const LocalTensor<T>& to, const LocalTensor<float>
   }
 }
 
-// `rows` rows of `width` elements from global memory, `row_stride` elements apart there; here each starts a new block.
+// `rows` rows of `width` elements: `row_stride` elements apart in global memory, `pitch` in the unified buffer.
+struct Rows {
+  uint32_t width, rows, row_stride, pitch;
+};
 template <typename T>
-__aicore__ inline void load(const LocalTensor<T>& to, const GlobalTensor<T>& from, uint32_t width, uint32_t rows = 1,
-                            uint32_t row_stride = 0) {
-  const uint32_t gap = rows > 1 ? (row_stride - width) * sizeof(T) : 0;
-  DataCopyPad(to, from, DataCopyExtParams(rows, width * sizeof(T), gap, 0, 0), DataCopyPadExtParams<T>());
+__aicore__ inline uint32_t local_gap(const Rows& r) {
+  return (r.pitch * sizeof(T) - round_up(r.width * sizeof(T), BLOCK_BYTES)) / BLOCK_BYTES;
 }
 template <typename T>
-__aicore__ inline void store(const GlobalTensor<T>& to, const LocalTensor<T>& from, uint32_t width, uint32_t rows = 1,
-                             uint32_t row_stride = 0) {
-  const uint32_t gap = rows > 1 ? (row_stride - width) * sizeof(T) : 0;
-  DataCopyPad(to, from, DataCopyExtParams(rows, width * sizeof(T), 0, gap, 0));
+__aicore__ inline void load(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Rows& r) {
+  const uint32_t gap = (r.row_stride - r.width) * sizeof(T);
+  DataCopyPad(to, from, DataCopyExtParams(r.rows, r.width * sizeof(T), gap, local_gap<T>(r), 0),
+              DataCopyPadExtParams<T>());
 }
+template <typename T>
+__aicore__ inline void store(const GlobalTensor<T>& to, const LocalTensor<T>& from, const Rows& r) {
+  const uint32_t gap = (r.row_stride - r.width) * sizeof(T);
+  DataCopyPad(to, from, DataCopyExtParams(r.rows, r.width * sizeof(T), local_gap<T>(r), gap, 0));
+}
+__aicore__ inline Rows one_row(uint32_t width) { return {width, 1, width, lanes(width)}; }
 
 template <typename T>
 __aicore__ inline GlobalTensor<T> global(GM_ADDR at, uint64_t elements) {

@@ -122,6 +122,14 @@ def _gated_residual_adaln_backward(
     return _kernels().gated_residual_adaln_backward(*rows, *_parameters(weight, bias), eps)
 
 
+def _haar_3d(x: Tensor, filter_constant: float, repeat_first_frame: bool) -> Any:
+    return _kernels().haar_3d(x.contiguous(), filter_constant, repeat_first_frame)
+
+
+def _inverse_haar_3d(y: Tensor, filter_constant: float, drop_first_frame: bool) -> Any:
+    return _kernels().inverse_haar_3d(y.contiguous(), filter_constant, drop_first_frame)
+
+
 KERNELS = {
     kernel.op: kernel
     for kernel in (
@@ -149,5 +157,7 @@ KERNELS = {
                 _per_sample(gate, scale) or _fits("gated_residual_adaln_backward", h)
             ),
         ),
+        Kernel("haar_3d", _haar_3d, lambda *_: None),
+        Kernel("inverse_haar_3d", _inverse_haar_3d, lambda *_: None),
     )
 }

@@ -22,11 +22,11 @@ def skiparse_delta(
     head = pid // tiles % heads
     sample = (pid // tiles // heads).to(tl.int64)
     at = ((sample * length + start) * heads + head) * D
-    g = load_rows(grad + at, heads * D, length - start, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    o = load_rows(out + at, heads * D, length - start, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    g = load_rows(grad + at, heads * D, 0, length - start, D, BLOCK_M, BLOCK_D, 1, True).to(tl.float32)
+    o = load_rows(out + at, heads * D, 0, length - start, D, BLOCK_M, BLOCK_D, 1, True).to(tl.float32)
     row = (sample * heads + head) * length + start
-    shift = load_column(grad_lse + row, 1, length - start, 0.0, BLOCK_M)
-    store_column(delta + row, 1, length - start, tl.sum(g * o, 1) - shift, BLOCK_M)
+    shift = load_column(grad_lse + row, 1, length - start, 0.0, BLOCK_M, 1)
+    store_column(delta + row, 1, length - start, tl.sum(g * o, 1) - shift, BLOCK_M, 1)
 
 
 @triton.jit
@@ -64,13 +64,14 @@ def skiparse_grad_keys(
     tokens, text, text_queries, heads, sparse_n, columns, tiles, places,
     place_group, place_row, token_group, token_row, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OF_TEXT: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
+    OF_TEXT: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OF_TEXT: k, v and mask are the text's, and each group leaves a part of their gradients; else the tokens'."""
     pid = tl.program_id(0)
     tile = pid % tiles
     rest = pid // tiles
+    OWN_COLUMNS: tl.constexpr = 1 if OF_TEXT else COLUMNS
     group = rest % sparse_n
     rest = rest // sparse_n
     head = rest % heads
@@ -81,22 +82,23 @@ def skiparse_grad_keys(
         rows = text - start
         place = start
         key_step = 1
-        shown = shown_rows(mask + batch * text + start, 1, rows, BLOCK_N, HAS_MASK)
+        shown = shown_rows(mask + batch * text + start, 1, rows, BLOCK_N, 1, HAS_MASK)
         grad_at = (((batch * sparse_n + group) * text + start) * heads + head) * D
     else:
         column = tile % columns
         start = tile // columns * BLOCK_N
         first = group * token_group + column
-        rows = rows_of(tokens, first, token_row) - start
-        place = group * place_group + column + start * place_row
+        rows = rows_of(tokens, first, token_row, COLUMNS) - start
+        place = group * place_group + column + start // COLUMNS * place_row
         key_step = place_row
-        shown = shown_rows(mask + batch * tokens + first + start * token_row, token_row, rows, BLOCK_N, HAS_MASK)
+        token = first + start // COLUMNS * token_row
+        shown = shown_rows(mask + batch * tokens + token, token_row, rows, BLOCK_N, COLUMNS, HAS_MASK)
         grad_at = ((batch * places + place) * heads + head) * D
     at = place.to(tl.int64)
     key_at = k + batch * k_batch + head * k_head + at * k_token
     value_at = v + batch * v_batch + head * v_head + at * v_token
-    key = load_rows(key_at, key_step * k_token, rows, D, BLOCK_N, BLOCK_D, True)
-    value = load_rows(value_at, key_step * v_token, rows, D, BLOCK_N, BLOCK_D, True)
+    key = load_rows(key_at, key_step * k_token, k_token, rows, D, BLOCK_N, BLOCK_D, OWN_COLUMNS, True)
+    value = load_rows(value_at, key_step * v_token, v_token, rows, D, BLOCK_N, BLOCK_D, OWN_COLUMNS, True)
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -104,16 +106,20 @@ def skiparse_grad_keys(
     out_at = grad + (batch * tokens * heads + head) * D
     lse_row = (batch * heads + head) * tokens
     out_token = heads * D
-    whole = tokens // token_row // BLOCK_M
+    whole = tokens // token_row * COLUMNS // BLOCK_M
     for i in range(0, columns * whole):
         column_i = i // whole
         start_i = i % whole * BLOCK_M
-        place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-        token_i = (group * token_group + column_i + start_i * token_row).to(tl.int64)
-        query = load_rows(q_at + place_i * q_token, place_row * q_token, BLOCK_M, D, BLOCK_M, BLOCK_D, False)
-        upstream = load_rows(out_at + token_i * out_token, token_row * out_token, BLOCK_M, D, BLOCK_M, BLOCK_D, False)
-        lse_i = load_column(lse + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M)
-        delta_i = load_column(delta + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M)
+        place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+        token_i = (group * token_group + column_i + start_i // COLUMNS * token_row).to(tl.int64)
+        query = load_rows(
+            q_at + place_i * q_token, place_row * q_token, q_token, BLOCK_M, D, BLOCK_M, BLOCK_D, COLUMNS, False
+        )
+        upstream = load_rows(
+            out_at + token_i * out_token, token_row * out_token, out_token, BLOCK_M, D, BLOCK_M, BLOCK_D, COLUMNS, False
+        )
+        lse_i = load_column(lse + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M, COLUMNS)
+        delta_i = load_column(delta + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M, COLUMNS)
         sum_k, sum_v = into_keys(
             key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
         )
@@ -121,14 +127,26 @@ def skiparse_grad_keys(
         for column_i in range(0, columns):
             start_i = whole * BLOCK_M
             first_i = group * token_group + column_i
-            rows_i = rows_of(tokens, first_i, token_row) - start_i
-            place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-            token_i = (first_i + start_i * token_row).to(tl.int64)
-            query = load_rows(q_at + place_i * q_token, place_row * q_token, rows_i, D, BLOCK_M, BLOCK_D, True)
-            upstream = load_rows(out_at + token_i * out_token, token_row * out_token, rows_i, D, BLOCK_M, BLOCK_D, True)
+            rows_i = rows_of(tokens, first_i, token_row, COLUMNS) - start_i
+            place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+            token_i = (first_i + start_i // COLUMNS * token_row).to(tl.int64)
+            query = load_rows(
+                q_at + place_i * q_token, place_row * q_token, q_token, rows_i, D, BLOCK_M, BLOCK_D, COLUMNS, True
+            )
+            upstream = load_rows(
+                out_at + token_i * out_token,
+                token_row * out_token,
+                out_token,
+                rows_i,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+                COLUMNS,
+                True,
+            )
             # A weight of exp(-inf) for queries that are not there.
-            lse_i = load_column(lse + lse_row + token_i, token_row, rows_i, float("inf"), BLOCK_M)
-            delta_i = load_column(delta + lse_row + token_i, token_row, rows_i, 0.0, BLOCK_M)
+            lse_i = load_column(lse + lse_row + token_i, token_row, rows_i, float("inf"), BLOCK_M, COLUMNS)
+            delta_i = load_column(delta + lse_row + token_i, token_row, rows_i, 0.0, BLOCK_M, COLUMNS)
             sum_k, sum_v = into_keys(
                 key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
             )
@@ -137,18 +155,18 @@ def skiparse_grad_keys(
         for start_i in range(0, text_queries, BLOCK_M):
             rows_i = text_queries - start_i
             query_at = text_q + batch * text_q_batch + head * text_q_head + start_i * text_q_token
-            query = load_rows(query_at, text_q_token, rows_i, D, BLOCK_M, BLOCK_D, True)
+            query = load_rows(query_at, text_q_token, 0, rows_i, D, BLOCK_M, BLOCK_D, 1, True)
             upstream_at = grad_text + ((sample * text_queries + start_i) * heads + head) * D
-            upstream = load_rows(upstream_at, out_token, rows_i, D, BLOCK_M, BLOCK_D, True)
+            upstream = load_rows(upstream_at, out_token, 0, rows_i, D, BLOCK_M, BLOCK_D, 1, True)
             row_i = (sample * heads + head) * text_queries + start_i
-            lse_i = load_column(text_lse + row_i, 1, rows_i, float("inf"), BLOCK_M)
-            delta_i = load_column(text_delta + row_i, 1, rows_i, 0.0, BLOCK_M)
+            lse_i = load_column(text_lse + row_i, 1, rows_i, float("inf"), BLOCK_M, 1)
+            delta_i = load_column(text_delta + row_i, 1, rows_i, 0.0, BLOCK_M, 1)
             sum_k, sum_v = into_keys(
                 key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
             )
 
-    store_rows(grad_k + grad_at, key_step * heads * D, rows, sum_k * scale, D, BLOCK_N, BLOCK_D)
-    store_rows(grad_v + grad_at, key_step * heads * D, rows, sum_v, D, BLOCK_N, BLOCK_D)
+    store_rows(grad_k + grad_at, key_step * heads * D, heads * D, rows, sum_k * scale, D, BLOCK_N, BLOCK_D, OWN_COLUMNS)
+    store_rows(grad_v + grad_at, key_step * heads * D, heads * D, rows, sum_v, D, BLOCK_N, BLOCK_D, OWN_COLUMNS)
 
 
 @triton.jit
@@ -159,13 +177,14 @@ def skiparse_grad_queries(
     tokens, text, text_queries, heads, sparse_n, columns, tiles, places,
     place_group, place_row, token_group, token_row, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OF_TEXT: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
+    OF_TEXT: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_TEXT_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OF_TEXT: the queries are the text's, and each group leaves a part of their gradient; else the group's tokens."""
     pid = tl.program_id(0)
     tile = pid % tiles
     rest = pid // tiles
+    OWN_COLUMNS: tl.constexpr = 1 if OF_TEXT else COLUMNS
     group = rest % sparse_n
     rest = rest // sparse_n
     head = rest % heads
@@ -187,9 +206,9 @@ def skiparse_grad_queries(
         column = tile % columns
         start = tile // columns * BLOCK_M
         first = group * token_group + column
-        rows = rows_of(tokens, first, token_row) - start
-        place = group * place_group + column + start * place_row
-        token = first + start * token_row
+        rows = rows_of(tokens, first, token_row, COLUMNS) - start
+        place = group * place_group + column + start // COLUMNS * place_row
+        token = first + start // COLUMNS * token_row
         q_at = q + batch * q_batch + head * q_head + place.to(tl.int64) * q_token
         q_step = place_row * q_token
         upstream_at = ((batch * tokens + token) * heads + head) * D
@@ -199,42 +218,50 @@ def skiparse_grad_queries(
         row = (batch * heads + head) * tokens + token
         row_step = token_row
 
-    query = load_rows(q_at, q_step, rows, D, BLOCK_M, BLOCK_D, True)
-    upstream = load_rows(grad + upstream_at, upstream_step, rows, D, BLOCK_M, BLOCK_D, True)
-    lse_q = load_column(lse + row, row_step, rows, float("inf"), BLOCK_M)
-    delta_q = load_column(delta + row, row_step, rows, 0.0, BLOCK_M)
+    query = load_rows(q_at, q_step, q_token, rows, D, BLOCK_M, BLOCK_D, OWN_COLUMNS, True)
+    upstream = load_rows(grad + upstream_at, upstream_step, heads * D, rows, D, BLOCK_M, BLOCK_D, OWN_COLUMNS, True)
+    lse_q = load_column(lse + row, row_step, rows, float("inf"), BLOCK_M, OWN_COLUMNS)
+    delta_q = load_column(delta + row, row_step, rows, 0.0, BLOCK_M, OWN_COLUMNS)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_at = k + batch * k_batch + head * k_head
     v_at = v + batch * v_batch + head * v_head
 
-    whole = tokens // token_row // BLOCK_N
+    whole = tokens // token_row * COLUMNS // BLOCK_N
     for i in range(0, columns * whole):
         column_i = i // whole
         start_i = i % whole * BLOCK_N
-        place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-        key = load_rows(k_at + place_i * k_token, place_row * k_token, BLOCK_N, D, BLOCK_N, BLOCK_D, False)
-        value = load_rows(v_at + place_i * v_token, place_row * v_token, BLOCK_N, D, BLOCK_N, BLOCK_D, False)
-        token_i = group * token_group + column_i + start_i * token_row
-        shown = shown_rows(mask + batch * tokens + token_i, token_row, BLOCK_N, BLOCK_N, HAS_MASK)
+        place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+        key = load_rows(
+            k_at + place_i * k_token, place_row * k_token, k_token, BLOCK_N, D, BLOCK_N, BLOCK_D, COLUMNS, False
+        )
+        value = load_rows(
+            v_at + place_i * v_token, place_row * v_token, v_token, BLOCK_N, D, BLOCK_N, BLOCK_D, COLUMNS, False
+        )
+        token_i = group * token_group + column_i + start_i // COLUMNS * token_row
+        shown = shown_rows(mask + batch * tokens + token_i, token_row, BLOCK_N, BLOCK_N, COLUMNS, HAS_MASK)
         acc = into_queries(query, upstream, lse_q, delta_q, key, value, shown, acc, scale, HAS_MASK, PRECISION)
     if not EVEN:
         for column_i in range(0, columns):
             start_i = whole * BLOCK_N
             first_i = group * token_group + column_i
-            rows_i = rows_of(tokens, first_i, token_row) - start_i
-            place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-            key = load_rows(k_at + place_i * k_token, place_row * k_token, rows_i, D, BLOCK_N, BLOCK_D, True)
-            value = load_rows(v_at + place_i * v_token, place_row * v_token, rows_i, D, BLOCK_N, BLOCK_D, True)
-            token_i = first_i + start_i * token_row
-            shown = shown_rows(mask + batch * tokens + token_i, token_row, rows_i, BLOCK_N, HAS_MASK)
+            rows_i = rows_of(tokens, first_i, token_row, COLUMNS) - start_i
+            place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+            key = load_rows(
+                k_at + place_i * k_token, place_row * k_token, k_token, rows_i, D, BLOCK_N, BLOCK_D, COLUMNS, True
+            )
+            value = load_rows(
+                v_at + place_i * v_token, place_row * v_token, v_token, rows_i, D, BLOCK_N, BLOCK_D, COLUMNS, True
+            )
+            token_i = first_i + start_i // COLUMNS * token_row
+            shown = shown_rows(mask + batch * tokens + token_i, token_row, rows_i, BLOCK_N, COLUMNS, HAS_MASK)
             acc = into_queries(query, upstream, lse_q, delta_q, key, value, shown, acc, scale, True, PRECISION)
     if HAS_TEXT:
         for start_i in range(0, text, BLOCK_N):
             key_at = text_k + batch * text_k_batch + head * text_k_head + start_i * text_k_token
             value_at = text_v + batch * text_v_batch + head * text_v_head + start_i * text_v_token
-            key = load_rows(key_at, text_k_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
-            value = load_rows(value_at, text_v_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
-            shown = shown_rows(text_mask + batch * text + start_i, 1, text - start_i, BLOCK_N, HAS_TEXT_MASK)
+            key = load_rows(key_at, text_k_token, 0, text - start_i, D, BLOCK_N, BLOCK_D, 1, True)
+            value = load_rows(value_at, text_v_token, 0, text - start_i, D, BLOCK_N, BLOCK_D, 1, True)
+            shown = shown_rows(text_mask + batch * text + start_i, 1, text - start_i, BLOCK_N, 1, HAS_TEXT_MASK)
             acc = into_queries(query, upstream, lse_q, delta_q, key, value, shown, acc, scale, True, PRECISION)
 
-    store_rows(grad_q_at, grad_q_step, rows, acc * scale, D, BLOCK_M, BLOCK_D)
+    store_rows(grad_q_at, grad_q_step, heads * D, rows, acc * scale, D, BLOCK_M, BLOCK_D, OWN_COLUMNS)

@@ -35,7 +35,7 @@ def skiparse_forward(
     tokens, text, text_queries, heads, sparse_n, columns, tiles,
     place_group, place_row, token_group, token_row, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OF_TEXT: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
+    OF_TEXT: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_TEXT_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OF_TEXT: the queries are the text's, once per group; else the group's tokens."""
@@ -43,6 +43,7 @@ def skiparse_forward(
     pid = tl.program_id(0)
     tile = pid % tiles
     rest = pid // tiles
+    OWN_COLUMNS: tl.constexpr = 1 if OF_TEXT else COLUMNS
     group = rest % sparse_n
     rest = rest // sparse_n
     head = rest % heads
@@ -62,9 +63,9 @@ def skiparse_forward(
         column = tile % columns
         start = tile // columns * BLOCK_M
         first = group * token_group + column
-        rows = rows_of(tokens, first, token_row) - start
-        place = group * place_group + column + start * place_row
-        token = first + start * token_row
+        rows = rows_of(tokens, first, token_row, COLUMNS) - start
+        place = group * place_group + column + start // COLUMNS * place_row
+        token = first + start // COLUMNS * token_row
         q_at = q + batch * q_batch + head * q_head + place.to(tl.int64) * q_token
         q_step = place_row * q_token
         out_at = out + ((batch * tokens + token) * heads + head) * D
@@ -72,7 +73,7 @@ def skiparse_forward(
         lse_at = lse + (batch * heads + head) * tokens + token
         lse_step = token_row
 
-    queries = load_rows(q_at, q_step, rows, D, BLOCK_M, BLOCK_D, True)
+    queries = load_rows(q_at, q_step, q_token, rows, D, BLOCK_M, BLOCK_D, OWN_COLUMNS, True)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -80,38 +81,46 @@ def skiparse_forward(
     v_at = v + batch * v_batch + head * v_head
 
     # Tiles that are full in every run of tokens, then what is left over.
-    whole = tokens // token_row // BLOCK_N
+    whole = tokens // token_row * COLUMNS // BLOCK_N
     for i in range(0, columns * whole):
         column_i = i // whole
         start_i = i % whole * BLOCK_N
-        place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-        key = load_rows(k_at + place_i * k_token, place_row * k_token, BLOCK_N, D, BLOCK_N, BLOCK_D, False)
-        value = load_rows(v_at + place_i * v_token, place_row * v_token, BLOCK_N, D, BLOCK_N, BLOCK_D, False)
-        token_i = group * token_group + column_i + start_i * token_row
-        shown = shown_rows(mask + batch * tokens + token_i, token_row, BLOCK_N, BLOCK_N, HAS_MASK)
+        place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+        key = load_rows(
+            k_at + place_i * k_token, place_row * k_token, k_token, BLOCK_N, D, BLOCK_N, BLOCK_D, COLUMNS, False
+        )
+        value = load_rows(
+            v_at + place_i * v_token, place_row * v_token, v_token, BLOCK_N, D, BLOCK_N, BLOCK_D, COLUMNS, False
+        )
+        token_i = group * token_group + column_i + start_i // COLUMNS * token_row
+        shown = shown_rows(mask + batch * tokens + token_i, token_row, BLOCK_N, BLOCK_N, COLUMNS, HAS_MASK)
         most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, HAS_MASK, PRECISION)
     if not EVEN:
         for column_i in range(0, columns):
             start_i = whole * BLOCK_N
             first_i = group * token_group + column_i
-            rows_i = rows_of(tokens, first_i, token_row) - start_i
-            place_i = (group * place_group + column_i + start_i * place_row).to(tl.int64)
-            key = load_rows(k_at + place_i * k_token, place_row * k_token, rows_i, D, BLOCK_N, BLOCK_D, True)
-            value = load_rows(v_at + place_i * v_token, place_row * v_token, rows_i, D, BLOCK_N, BLOCK_D, True)
-            token_i = first_i + start_i * token_row
-            shown = shown_rows(mask + batch * tokens + token_i, token_row, rows_i, BLOCK_N, HAS_MASK)
+            rows_i = rows_of(tokens, first_i, token_row, COLUMNS) - start_i
+            place_i = (group * place_group + column_i + start_i // COLUMNS * place_row).to(tl.int64)
+            key = load_rows(
+                k_at + place_i * k_token, place_row * k_token, k_token, rows_i, D, BLOCK_N, BLOCK_D, COLUMNS, True
+            )
+            value = load_rows(
+                v_at + place_i * v_token, place_row * v_token, v_token, rows_i, D, BLOCK_N, BLOCK_D, COLUMNS, True
+            )
+            token_i = first_i + start_i // COLUMNS * token_row
+            shown = shown_rows(mask + batch * tokens + token_i, token_row, rows_i, BLOCK_N, COLUMNS, HAS_MASK)
             most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, True, PRECISION)
     if HAS_TEXT:
         for start_i in range(0, text, BLOCK_N):
             key_at = text_k + batch * text_k_batch + head * text_k_head + start_i * text_k_token
             value_at = text_v + batch * text_v_batch + head * text_v_head + start_i * text_v_token
-            key = load_rows(key_at, text_k_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
-            value = load_rows(value_at, text_v_token, text - start_i, D, BLOCK_N, BLOCK_D, True)
-            shown = shown_rows(text_mask + batch * text + start_i, 1, text - start_i, BLOCK_N, HAS_TEXT_MASK)
+            key = load_rows(key_at, text_k_token, 0, text - start_i, D, BLOCK_N, BLOCK_D, 1, True)
+            value = load_rows(value_at, text_v_token, 0, text - start_i, D, BLOCK_N, BLOCK_D, 1, True)
+            shown = shown_rows(text_mask + batch * text + start_i, 1, text - start_i, BLOCK_N, 1, HAS_TEXT_MASK)
             most, total, acc = visit(queries, key, value, shown, most, total, acc, factor, True, PRECISION)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    store_rows(out_at, out_step, rows, acc / total[:, None], D, BLOCK_M, BLOCK_D)
+    store_rows(out_at, out_step, heads * D, rows, acc / total[:, None], D, BLOCK_M, BLOCK_D, OWN_COLUMNS)
     result = tl.where(nothing, float("-inf"), (most + tl.log2(total)) * LN_2)
-    store_column(lse_at, lse_step, rows, result, BLOCK_M)
+    store_column(lse_at, lse_step, rows, result, BLOCK_M, OWN_COLUMNS)

@@ -69,6 +69,7 @@ class Groups:
     sparse_n: int
     tokens: int
     columns: int
+    in_tile: int  # COLUMNS
     token_group: int
     token_row: int
     place_group: int
@@ -76,8 +77,12 @@ class Groups:
 
     @property
     def rows(self) -> int:
-        """Of the longest run of tokens."""
-        return blocks(self.tokens, self.token_row)
+        """Of the longest run of tokens, or of all runs of a group."""
+        return blocks(self.tokens, self.token_row) * self.in_tile
+
+    def even(self, block: int) -> bool:
+        """Whether blocks of that many rows fill each run."""
+        return self.tokens % self.token_row == 0 and self.rows % block == 0
 
     def programs(self, tiles: int) -> tuple[int]:
         return (tiles * self.sparse_n * self.q.shape[2] * self.q.shape[0],)
@@ -88,6 +93,7 @@ class Groups:
             "heads": self.q.shape[2],
             "sparse_n": self.sparse_n,
             "columns": self.columns,
+            "COLUMNS": self.in_tile,
             "place_group": self.place_group,
             "place_row": self.place_row,
             "token_group": self.token_group,
@@ -100,10 +106,13 @@ class Groups:
 
 def groups_of(q: Tensor, sparse_n: int, pattern: str, grouped: bool, tokens: int) -> Groups:
     if pattern == "single" or sparse_n == 1:
-        return Groups(q, sparse_n, tokens, 1, 1, sparse_n, 1, sparse_n)
+        return Groups(q, sparse_n, tokens, 1, 1, 1, sparse_n, 1, sparse_n)
+    # Rows of two levels are cheap where each has an address of its own: in the cores of CUDA.
+    two_levels = q.device.type in ("cuda", "cpu") and sparse_n in (2, 4, 8, 16)
+    runs = (1, sparse_n) if two_levels else (sparse_n, 1)
     steps = sparse_n, sparse_n**2
     places = (skiparse_padded_length(tokens, sparse_n) // sparse_n, sparse_n) if grouped else steps
-    return Groups(q, sparse_n, tokens, sparse_n, *steps, *places)
+    return Groups(q, sparse_n, tokens, *runs, *steps, *places)
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -114,6 +123,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def run(kernel: Any, groups: Groups, number: int, cut: Tiles, queries: int, keys: int, **options: Any) -> None:
     """Launch ``number`` programs for each group, head and sample."""
+    smaller = cut.queries * cut.keys // (queries * keys)
     with on_device_of(groups.q):
         kernel[groups.programs(number)](
             **options,
@@ -121,7 +131,7 @@ def run(kernel: Any, groups: Groups, number: int, cut: Tiles, queries: int, keys
             tiles=number,
             BLOCK_M=queries,
             BLOCK_N=keys,
-            num_warps=cut.warps,
+            num_warps=max(4, cut.warps // smaller),
             num_stages=cut.stages,
         )
 
@@ -158,7 +168,7 @@ def skiparse_attention_lse(
         "k": k, "v": v, "text_k": text_k, "text_v": text_v,
         "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q),
         **strides(k=k, v=v, text_k=text_k, text_v=text_v), "text": text, "scale": softmax_scale(q, scale),
-        "EVEN": num_tokens % (groups.token_row * keys) == 0, "HAS_TEXT": text > 0,
+        "EVEN": groups.even(keys), "HAS_TEXT": text > 0,
         "HAS_MASK": mask is not None, "HAS_TEXT_MASK": text_mask is not None,
     }  # fmt: skip
     queries = fit(cut.queries, groups.rows)
@@ -239,7 +249,7 @@ def skiparse_attention_lse_backward(
     options = {
         **shared, "q": q, "text_q": tq, **strides(q=q, text_q=tq), "text_queries": text_queries,
         **{f"text_{name}": t for name, t in of_text.items() if name != "grad"}, "grad_text": grad_text,
-        "EVEN": num_tokens % (groups.token_row * queries) == 0, "HAS_TEXT": text_queries > 0,
+        "EVEN": groups.even(queries), "HAS_TEXT": text_queries > 0,
     }  # fmt: skip
     keys = fit(cut.keys, groups.rows)
     number = groups.columns * blocks(groups.rows, keys)
@@ -260,7 +270,7 @@ def skiparse_attention_lse_backward(
     options = {
         **shared, "k": k, "v": v, "text_k": tk, "text_v": tv, **strides(k=k, v=v, text_k=tk, text_v=tv),
         "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q), "HAS_TEXT": text > 0,
-        "HAS_TEXT_MASK": text_mask is not None, "EVEN": num_tokens % (groups.token_row * keys) == 0,
+        "HAS_TEXT_MASK": text_mask is not None, "EVEN": groups.even(keys),
     }  # fmt: skip
     queries = fit(cut.queries, groups.rows)
     number = groups.columns * blocks(groups.rows, queries)

@@ -162,6 +162,53 @@ Tensor inverse_haar_3d_op(const Tensor& y, double filter_constant, bool drop_fir
   return x;
 }
 
+// What the forward and the gradient of one of q, k, v share.
+QkNormRopeTiling head_tiling(const Tensor& x, const std::string& norm, double eps, const Optional& cos,
+                             const std::string& style, at::OptionalIntArrayRef sections, int64_t sparse_n) {
+  const uint32_t k = uint32_t(sparse_n);
+  TORCH_CHECK((x.size(3) == 1 || x.stride(3) == 1) && (x.size(2) == 1 || x.stride(2) == x.size(3)),
+              "the heads of a token must be contiguous");
+  QkNormRopeTiling t{};
+  t.tokens = x.size(1), t.heads = x.size(2), t.head_dim = x.size(3);
+  t.batch_stride = x.stride(0), t.token_stride = x.stride(1);
+  t.sparse_n = k, t.padded = round_up(t.tokens, k * k);
+  t.norm = norm == "layer" ? Norm::layer : norm == "rms" ? Norm::rms : Norm::none;
+  t.rotates = cos.has_value(), t.interleaved = style == "interleaved", t.eps = float(eps);
+  t.table_stride = cos.has_value() && cos->dim() == 3 ? cos->size(1) * cos->size(2) : 0;
+  t.sections[0] = t.head_dim;
+  if (sections.has_value()) {
+    TORCH_CHECK(sections->size() <= MAX_SECTIONS, "at most ", MAX_SECTIONS, " sections, got ", sections->size());
+    std::fill(t.sections, t.sections + MAX_SECTIONS, 0);
+    std::copy(sections->begin(), sections->end(), t.sections);
+  }
+  return t;
+}
+
+Tensor qk_norm_rope_op(const Tensor& x, const Optional& weight, const Optional& bias, std::string norm, double eps,
+                       const Optional& cos, const Optional& sin, std::string style, at::OptionalIntArrayRef sections,
+                       int64_t sparse_n) {
+  const Launch to = launch_on(x);
+  QkNormRopeTiling t = head_tiling(x, norm, eps, cos, style, sections, sparse_n);
+  require_fit(tile(t, to.type, false, x.size(0), to.cores), "qk_norm_rope", x);
+  const Tensor y = at::empty({x.size(0), t.padded, x.size(2), x.size(3)}, x.options());
+  qk_norm_rope(to, in(x), in(weight), in(bias), in(cos), in(sin), out(y), t);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward_op(const Tensor& grad, const Tensor& x, const Optional& weight,
+                                                            std::string norm, double eps, const Optional& cos,
+                                                            const Optional& sin, std::string style,
+                                                            at::OptionalIntArrayRef sections, int64_t sparse_n) {
+  const Launch to = launch_on(x);
+  QkNormRopeTiling t = head_tiling(x, norm, eps, cos, style, sections, sparse_n);
+  require_fit(tile(t, to.type, true, x.size(0), to.cores), "qk_norm_rope_backward", x);
+  const Tensor grad_x = like(x);
+  const Tensor sum_weight = partials(x, runs(t.split), x.size(3)), sum_bias = partials(x, runs(t.split), x.size(3));
+  qk_norm_rope_backward(to, in(grad), in(x), in(weight), in(cos), in(sin), out(grad_x), out(sum_weight), out(sum_bias),
+                        t);
+  return {grad_x, summed_parameter(to, x, sum_weight), summed_parameter(to, x, sum_bias)};
+}
+
 // The longest row of an op that must have whole rows in the unified buffer. Bytes grow with the row.
 int64_t longest_row(const std::string& op, at::ScalarType dtype) {
   const Float type = float_type(dtype);
@@ -170,6 +217,10 @@ int64_t longest_row(const std::string& op, at::ScalarType dtype) {
     if (op == "gated_residual_adaln") return gated_residual_adaln_bytes(row, type, 1);
     if (op == "adaln_modulate_backward") return adaln_backward_bytes(row, type, false, 1);
     if (op == "gated_residual_adaln_backward") return adaln_backward_bytes(row, type, true, 1);
+    if (op == "qk_norm_rope") return row > MOST_LANES ? UB_BYTES + 1 : qk_norm_rope_bytes(8, lanes(row), type, false);
+    if (op == "qk_norm_rope_backward") {
+      return row > MOST_LANES ? UB_BYTES + 1 : qk_norm_rope_bytes(8, lanes(row), type, true);
+    }
     TORCH_CHECK(false, "longest_row: ", op, " has no such limit");
   };
   int64_t row = 0;
@@ -196,6 +247,12 @@ TORCH_LIBRARY(vidgen_ascendc, m) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("haar_3d(Tensor x, float filter_constant, bool repeat_first_frame) -> Tensor");
   m.def("inverse_haar_3d(Tensor y, float filter_constant, bool drop_first_frame) -> Tensor");
+  m.def(
+      "qk_norm_rope(Tensor x, Tensor? weight, Tensor? bias, str norm, float eps, Tensor? cos, Tensor? sin, str style, "
+      "int[]? sections, int sparse_n) -> Tensor");
+  m.def(
+      "qk_norm_rope_backward(Tensor grad, Tensor x, Tensor? weight, str norm, float eps, Tensor? cos, Tensor? sin, "
+      "str style, int[]? sections, int sparse_n) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vidgen_ascendc, VIDGEN_KEY, m) {
@@ -205,6 +262,8 @@ TORCH_LIBRARY_IMPL(vidgen_ascendc, VIDGEN_KEY, m) {
   m.impl("gated_residual_backward", &gated_residual_backward_op);
   m.impl("gated_residual_adaln", &gated_residual_adaln_op);
   m.impl("gated_residual_adaln_backward", &gated_residual_adaln_backward_op);
+  m.impl("qk_norm_rope", &qk_norm_rope_op);
+  m.impl("qk_norm_rope_backward", &qk_norm_rope_backward_op);
   m.impl("haar_3d", &haar_3d_op);
   m.impl("inverse_haar_3d", &inverse_haar_3d_op);
 }

@@ -36,8 +36,9 @@ inline void require_fit(bool fits, const char* op, const at::Tensor& x) {
 inline Memory in(const at::Tensor& t) {
   auto at = static_cast<Memory>(t.data_ptr());
 #ifdef VIDGEN_TWIN
-  const auto last = t.dim() == 2 && t.size(0) > 0 ? (t.size(0) - 1) * t.stride(0) + t.size(1) : t.numel();
-  twin::share(at, last * t.element_size(), twin::Role::input);
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  twin::share(at, (last + 1) * t.element_size(), twin::Role::input);
 #endif
   return at;
 }

@@ -6,6 +6,7 @@
 #include "gated_residual/gated_residual_tiling.h"
 #include "gated_residual_adaln/gated_residual_adaln_tiling.h"
 #include "haar_3d/haar_3d_tiling.h"
+#include "qk_norm_rope/qk_norm_rope_tiling.h"
 #include "sum_partials/sum_partials_tiling.h"
 
 namespace vidgen {
@@ -38,6 +39,10 @@ void gated_residual_adaln_backward(Launch to, Memory grad_h, Memory grad_modulat
                                    Memory sum_gate, const Sums& sums, const AdalnBackwardTiling& tiling);
 void haar_3d(Launch to, Memory x, Memory y, const HaarTiling& tiling);
 void inverse_haar_3d(Launch to, Memory y, Memory x, const HaarTiling& tiling);
+void qk_norm_rope(Launch to, Memory x, Memory weight, Memory bias, Memory cos, Memory sin, Memory y,
+                  const QkNormRopeTiling& tiling);
+void qk_norm_rope_backward(Launch to, Memory grad, Memory x, Memory weight, Memory cos, Memory sin, Memory grad_x,
+                           Memory sum_weight, Memory sum_bias, const QkNormRopeTiling& tiling);
 void sum_partials(Launch to, Memory partials, Memory sums, const SumPartialsTiling& tiling);
 
 }  // namespace vidgen

@@ -8,7 +8,7 @@ projection that DiT blocks make. A tensor of another layout is copied first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,56 @@ def _inverse_haar_3d(y: Tensor, filter_constant: float, drop_first_frame: bool) 
     return _kernels().inverse_haar_3d(y.contiguous(), filter_constant, drop_first_frame)
 
 
+def _sections(sections: Sequence[int] | None) -> str | None:
+    return None if sections is None or len(sections) <= 4 else f"the kernel takes 4 sections, not {len(sections)}"
+
+
+def _heads(t: Tensor) -> Tensor:
+    """(batch, tokens, heads, head_dim) where each token's heads lie together, as in a packed projection."""
+    whole = (t.shape[3] == 1 or t.stride(3) == 1) and (t.shape[2] == 1 or t.stride(2) == t.shape[3])
+    return t if whole else t.contiguous()
+
+
+def _qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    style: str,
+    sections: Sequence[int] | None,
+    sparse_n: int,
+) -> Any:
+    run, rotation = _kernels().qk_norm_rope, (*_parameters(cos, sin), style, sections, sparse_n)
+    new_q = run(_heads(q), *_parameters(q_weight, q_bias), norm, eps, *rotation)
+    new_k = run(_heads(k), *_parameters(k_weight, k_bias), norm, eps, *rotation)
+    if v is None:
+        return new_q, new_k, q.new_empty(0)
+    return new_q, new_k, run(_heads(v), None, None, "none", 0.0, None, None, "half", None, sparse_n)
+
+
+def _qk_norm_rope_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    style: str,
+    sections: Sequence[int] | None,
+    sparse_n: int,
+) -> Any:
+    rotation = *_parameters(cos, sin), style, sections, sparse_n
+    return _kernels().qk_norm_rope_backward(grad.contiguous(), _heads(x), *_parameters(weight), norm, eps, *rotation)
+
+
 KERNELS = {
     kernel.op: kernel
     for kernel in (
@@ -156,6 +206,16 @@ KERNELS = {
             lambda grad_h, grad_modulated, h, gate, y, scale, *_: (
                 _per_sample(gate, scale) or _fits("gated_residual_adaln_backward", h)
             ),
+        ),
+        Kernel(
+            "qk_norm_rope",
+            _qk_norm_rope,
+            lambda q, *rest: _sections(rest[-2]) or _fits("qk_norm_rope", q),
+        ),
+        Kernel(
+            "qk_norm_rope_backward",
+            _qk_norm_rope_backward,
+            lambda grad, x, *rest: _sections(rest[-2]) or _fits("qk_norm_rope_backward", x),
         ),
         Kernel("haar_3d", _haar_3d, lambda *_: None),
         Kernel("inverse_haar_3d", _inverse_haar_3d, lambda *_: None),

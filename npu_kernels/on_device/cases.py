@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[1:1] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from accuracy import Verdict, judge_gradients, judge_values, tensors  # noqa: E402
@@ -39,11 +39,13 @@ class Refused(Exception):
 
 def names(device: torch.device) -> Iterator[str]:
     """Every case of a device, the ones that tell most first."""
-    from models import MODEL_CASES
+    from small_models import MODEL_CASES
 
     usable = [name for name in DTYPES if devices.why_not_dtype(device, getattr(torch, name)) is None]
     for name, op in sorted(ops.OPS.items()):
         count = range(len(op.samples(torch.device("cpu"), torch.float32)))
+        for dtype in usable:
+            yield from (f"dispatch/{name}/{dtype}/{i}" for i in count)
         for backend in [b.name for b in op.candidates(device.type)]:
             for dtype in usable:
                 yield from (f"values/{name}/{backend}/{dtype}/{i}" for i in count)
@@ -83,23 +85,32 @@ def arguments(name: str, dtype: str, number: str, device: torch.device) -> tuple
     return tuple(ops.OPS[name].samples(device, getattr(torch, dtype))[int(number)])
 
 
-def check_refusal(name: str, backend: str, args: tuple[Any, ...], device: torch.device) -> None:
+def implementation(name: str, backend: str, args: tuple[Any, ...], device: torch.device) -> Callable[..., Any]:
+    """The backend's own function. Ops that it calls in turn are the dispatcher's choice, as for users."""
     found = {b.name: b for b in ops.OPS[name].candidates(device.type)}
     if backend not in found:
         raise Refused(f"there is no backend {backend} on {device.type}; there are {', '.join(found)}")
     if (reason := found[backend].refuse(*args)) is not None:
         raise Refused(reason)
+    return found[backend].run
+
+
+def dispatch(device: torch.device, name: str, dtype: str, number: str) -> dict[str, Any]:
+    """The op as users call it, and which backend the dispatcher takes for these arguments."""
+    op, args = ops.OPS[name], arguments(name, dtype, number, device)
+    taken = next(line.partition(":")[0] for line in op.explain(*args).splitlines() if line.endswith(": runs"))
+    return {**judged(judge_values(op, args, op(*args)), []), "backend": taken}
 
 
 def values(device: torch.device, name: str, backend: str, dtype: str, number: str) -> dict[str, Any]:
     """The result against the truth; the arguments stay as they are, and the same comes out of memory full of NaN."""
     op, args = ops.OPS[name], arguments(name, dtype, number, device)
-    check_refusal(name, backend, args, device)
+    run = implementation(name, backend, args, device)
     before = [a.clone() for a in tensors(args)]
-    with ops.use_backend(backend):
-        results = op(*args)
+    with torch.no_grad():
+        results = run(*args)
         with poisoned_memory():
-            again = op(*args)
+            again = run(*args)
     devices.synchronize(device)
     problems = []
     if not all(same(a, b) for a, b in zip(before, tensors(args), strict=True)):
@@ -140,24 +151,22 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def gradients(device: torch.device, name: str, backend: str, dtype: str, number: str) -> dict[str, Any]:
-    """Autograd through the op. The gradient is mostly an op of its own, which must have the same backend."""
+    """Autograd through the op. The gradient of most is an op of its own, which must have the same backend."""
     op, args = ops.OPS[name], arguments(name, dtype, number, device)
-    check_refusal(name, backend, args, device)
-
-    def run(*args: Any) -> Any:
-        return op(*args)
-
+    run = implementation(name, backend, args, device)
+    if op.composite is not None or backend == "reference":  # written in what autograd knows
+        return judged(judge_gradients(op, args, run), [])
     try:
         with ops.use_backend(backend):
-            return judged(judge_gradients(op, args, run), [])
-    except ValueError as error:  # a backend of the op need not be one of its gradient
+            return judged(judge_gradients(op, args, lambda *args: op(*args)), [])
+    except ValueError as error:
         if "no backend" in str(error) or "was asked for but" in str(error):
             raise Refused(str(error)) from error
         raise
 
 
 def models(device: torch.device, system: str, part: str, dtype: str) -> dict[str, Any]:
-    from models import judge_model
+    from small_models import judge_model
 
     verdict, problems = judge_model(system, part, getattr(torch, dtype), device)
     return judged(verdict, problems)
@@ -196,6 +205,7 @@ def forced(backend: str, op: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
 
 
 RUNNERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "dispatch": dispatch,
     "values": values,
     "gradients": gradients,
     "models": models,

@@ -16,8 +16,11 @@ def summarise(facts: dict[str, Any], results: list[dict[str, Any]], about: dict[
     """Facts about the machine, ``rows`` by kind, op and backend (or system and part), ``failures`` and ``times``."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for result in (r for r in results if not r["case"].startswith("bench/")):
-        key = tuple(result["case"].split("/")[:4])[: 3 if result["case"].startswith("models/") else 4]
-        row = rows.setdefault(key, {"verdicts": Counter(), "worst": 0.0, "error": 0.0, "refusals": Counter()})
+        parts = tuple(result["case"].split("/"))
+        key = parts[: 3 if parts[0] in ("models", "dispatch") else 4]
+        new = {"verdicts": Counter(), "worst": 0.0, "error": 0.0, "refusals": Counter(), "backends": Counter()}
+        row = rows.setdefault(key, new)
+        row["backends"].update([result["backend"]] if "backend" in result else [])
         row["verdicts"][result["verdict"]] += 1
         if result["verdict"] == "refused":
             row["refusals"][result["why"]] += 1
@@ -32,7 +35,13 @@ def summarise(facts: dict[str, Any], results: list[dict[str, Any]], about: dict[
         "counts": dict(counts),
         "facts": facts,
         "rows": [
-            {"case": "/".join(key), **row, "verdicts": dict(row["verdicts"]), "refusals": dict(row["refusals"])}
+            {
+                "case": "/".join(key),
+                **row,
+                "verdicts": dict(row["verdicts"]),
+                "refusals": dict(row["refusals"]),
+                "backends": dict(row["backends"]),
+            }
             for key, row in rows.items()
         ],
         "failures": [result for result in results if result["verdict"] not in GOOD],
@@ -69,7 +78,9 @@ def markdown(summary: dict[str, Any]) -> str:
         other = {verdict: count for verdict, count in verdicts.items() if verdict not in GOOD}
         said = ", ".join(f"{count} {verdict}" for verdict, count in other.items()) or "0"
         numbers = f"{verdicts.get('passed', 0)} | {verdicts.get('refused', 0)} | {said}"
-        lines.append(f"| {row['case']} | {numbers} | {row['worst']:.2g} | {row['error']:.2g} |")
+        taken = ", ".join(f"{count} {backend}" for backend, count in row["backends"].items())
+        name = f"{row['case']} ({taken})" if taken else row["case"]
+        lines.append(f"| {name} | {numbers} | {row['worst']:.2g} | {row['error']:.2g} |")
     lines += ["", "## What did not pass", ""]
     lines += [f"- `{f['case']}`: {f['verdict']}: {f.get('why', '')}" for f in summary["failures"]] or ["Nothing."]
     lines += ["", "## What was refused", ""]

@@ -44,7 +44,14 @@ def empty_like(x: Tensor) -> Tensor:
 
 def rounded_like(t: Tensor, x: Tensor) -> Tensor:
     """``t`` in the dtype and memory format that results for ``x`` have."""
-    return t.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return like_format(t.to(x.dtype), x)
+
+
+def like_format(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` in the memory format that results for ``x`` have; torch_npu's ``contiguous`` knows only the plain one."""
+    if memory_format(x) == torch.contiguous_format:
+        return t.contiguous()
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def per_channel(t: Tensor, rank: int) -> Tensor:

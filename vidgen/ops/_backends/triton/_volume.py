@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._norm_silu import empty_like, memory_format
+from ..._norm_silu import empty_like, like_format
 from ._launch import blocks, power_of_2
 from ._tuning import TUNING
 
@@ -53,12 +53,12 @@ class Volume:
 
     def alike(self, t: Tensor) -> Tensor:
         """``t`` in the memory format of ``x``."""
-        return t.contiguous(memory_format=memory_format(self.x))
+        return like_format(t, self.x)
 
 
 def volume(x: Tensor, *, whole_channels: bool) -> Volume:
     """``whole_channels``: a tile holds all channels of its positions."""
-    x = x.contiguous(memory_format=memory_format(x))
+    x = like_format(x, x)
     last = not x.is_contiguous()
     batch, channels = x.shape[:2]
     positions = x[0, 0].numel()

@@ -18,11 +18,11 @@ MODEL_CASES = [f"{system}/{part}" for system in SYSTEMS for part in PARTS]
 TINY = {"cogvideox": "tiny-1.5"}  # "tiny" elsewhere
 VIDEO = (9, 32, 48)
 # Relative to the norm of each tensor; a share of it is what roundings of another order of sums make of it.
-FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def judge_model(system: str, part: str, dtype: torch.dtype, device: torch.device) -> tuple[Verdict, list[str]]:
-    """Outputs and gradients, or losses, on the device: at most twice as far from float64 as the CPU in this dtype."""
+    """Outputs and gradients, or losses, on the device: at most four times as far off as the CPU's."""
     torch.manual_seed(3)
     model = build_vae(system, "tiny") if part == "vae" else build_transformer(system, TINY.get(system, "tiny"))
     wake(model)
@@ -35,13 +35,13 @@ def judge_model(system: str, part: str, dtype: torch.dtype, device: torch.device
     if not truth.keys() == eager.keys() == ours.keys():
         problems.append(f"{sorted(truth.keys() ^ ours.keys())[:3]} are missing, or too many")
     # Some gradients vanish, as those of biases ahead of a norm: what is left of them is rounding.
-    total = 1e-3 * float(torch.stack([t.norm() for t in truth.values()]).norm())
+    total = 1e-2 * float(torch.stack([t.norm() for t in truth.values()]).norm())
     worst = ""
     for name in truth.keys() & ours.keys() & eager.keys():
         least = total if name.startswith("gradient") else 0.0
         error, allowed = (distance(run[name], truth[name], least) for run in (ours, eager))
         before = verdict.error, verdict.bound
-        verdict.add(0, error, 2 * allowed + FLOOR[dtype])
+        verdict.add(0, error, 4 * allowed + FLOOR[dtype])
         worst = name if (verdict.error, verdict.bound) != before else worst
     if verdict.why:
         verdict.why = f"{worst} is off by {verdict.error:.3g} of its norm, allowed are {verdict.bound:.3g}"

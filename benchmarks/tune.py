@@ -22,15 +22,17 @@ from vidgen.ops._backends.triton._tuning import TUNING
 # Which numbers matter to which ops.
 ROWS = ("adaln_modulate", "gated_residual_adaln")
 ROWS_BACKWARD = ("adaln_modulate_backward", "gated_residual_adaln_backward")
-VOLUMES = ("haar_3d", "inverse_haar_3d", "group_norm_silu", "layer_norm_silu", "layer_norm_silu_backward")
-TILES = ("gated_residual", *VOLUMES)
+TILES = ("gated_residual", "haar_3d", "inverse_haar_3d")
+VOLUMES = ("group_norm_silu", "group_norm_silu_backward", "layer_norm_silu", "layer_norm_silu_backward")
 HEADS = ("qk_norm_rope", "rope_3d", "qk_norm_rope_backward")
 CANDIDATES = {
     "forward_rows": (ROWS, (1, 2, 4, 8, 16)),
-    "backward_programs": ((*ROWS_BACKWARD, "gated_residual_backward", "qk_norm_rope_backward"), (256, 512, 1024, 2048)),
+    "backward_programs": ((*ROWS_BACKWARD, "gated_residual_backward", "qk_norm_rope_backward"), (132, 256, 512, 1024)),
+    "stages": ((*ROWS_BACKWARD, "qk_norm_rope_backward"), (1, 2, 3, 4)),
     "tile": (TILES, (1024, 2048, 4096, 8192, 16384)),
+    "volume_tile": (VOLUMES, (4096, 8192, 16384, 32768)),
     "head_tile": (HEADS, (1024, 2048, 4096, 8192)),
-    "warp_elements": ((*ROWS, *ROWS_BACKWARD, *TILES, *HEADS), (128, 256, 512, 1024)),
+    "warp_elements": ((*ROWS, *ROWS_BACKWARD, *TILES, *VOLUMES, *HEADS), (128, 256, 512, 1024)),
 }
 
 

@@ -12,7 +12,7 @@ import importlib
 # Best first; PyTorch's own operators (composite) and the reference come last by themselves.
 CHAINS = {
     "cpu": ("triton",),  # in Triton's interpreter only: see ops/__init__.py
-    "cuda": ("triton",),
+    "cuda": ("cuda", "triton"),
     "npu": ("ascendc", "npu", "triton"),
 }
 

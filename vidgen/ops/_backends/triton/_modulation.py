@@ -99,63 +99,37 @@ def modulate_rows(
 
 @triton.jit
 def modulate_rows_backward(
-    grad_h,
-    grad,
-    x,
-    gate,
-    y,
-    scale,
-    weight,
-    bias,
-    grad_x,
-    grad_y,
-    grad_gate,
-    grad_scale,
-    sums,
-    sequence,
-    channels,
-    rows,
-    quantity,
-    eps,
-    grad_h_batch,
-    grad_h_row,
-    grad_batch,
-    grad_row,
-    x_batch,
-    x_row,
-    y_batch,
-    y_row,
-    gate_batch,
-    gate_row,
-    scale_batch,
-    scale_row,
-    GATED: tl.constexpr,
-    GATE_PER_TOKEN: tl.constexpr,
-    SCALE_PER_TOKEN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``sums`` holds, in this order, the gradients of shift, scale, weight, bias, gate."""
+    grad_h, grad, x, gate, y, scale, weight, bias, grad_x, grad_y, grad_gate, grad_scale, sums,
+    sequence, channels, rows, quantity, eps,
+    grad_h_batch, grad_h_row, grad_batch, grad_row, x_batch, x_row, y_batch, y_row, gate_batch, gate_row,
+    scale_batch, scale_row,
+    GATED: tl.constexpr, GATE_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``sums`` holds sums over the rows: of grad; of grad times normalised; of grad times gate; and, where the scale is
+    per token and so cannot be multiplied afterwards, the first two again times ``1 + scale``.
+    """
     b = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * rows
     start = first.to(tl.int64)
     c = tl.arange(0, BLOCK)
     mask = c < channels
+    gain = tl.full([BLOCK], 1.0, tl.float32)
     if HAS_WEIGHT:
         w = load_row(weight, 0, c, mask)
+        gain = w
     if HAS_BIAS:
         beta = load_row(bias, 0, c, mask)
     if GATED and not GATE_PER_TOKEN:
         g = load_row(gate, b * gate_batch, c, mask)
     if not SCALE_PER_TOKEN:
-        gain = 1.0 + load_row(scale, b * scale_batch, c, mask)
-    sum_shift = tl.zeros([BLOCK], tl.float32)
-    sum_scale = tl.zeros([BLOCK], tl.float32)
-    sum_weight = tl.zeros([BLOCK], tl.float32)
-    sum_bias = tl.zeros([BLOCK], tl.float32)
-    sum_gate = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tl.minimum(rows, sequence - first)):
+        gain = gain * (1.0 + load_row(scale, b * scale_batch, c, mask))
+    plain = tl.zeros([BLOCK], tl.float32)
+    along = tl.zeros([BLOCK], tl.float32)
+    gated = tl.zeros([BLOCK], tl.float32)
+    gained = tl.zeros([BLOCK], tl.float32)
+    gained_along = tl.zeros([BLOCK], tl.float32)
+    for i in tl.range(0, tl.minimum(rows, sequence - first), num_stages=STAGES):
         r = start + i
         to = (b * sequence + r) * channels
         v = load_row(x, b * x_batch + r * x_row, c, mask)
@@ -163,23 +137,20 @@ def modulate_rows_backward(
         centred = tl.where(mask, v - tl.sum(v, 0) / channels, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
         normalised = centred * rstd
-        affine = normalised
-        if HAS_WEIGHT:
-            affine = affine * w
-        if HAS_BIAS:
-            affine = affine + beta
-        sum_shift += dz
+        plain += dz
         if SCALE_PER_TOKEN:
-            gain = 1.0 + load_row(scale, b * scale_batch + r * scale_row, c, mask)
+            affine = normalised
+            if HAS_WEIGHT:
+                affine = affine * w
+            if HAS_BIAS:
+                affine = affine + beta
             tl.store(grad_scale + to + c, (dz * affine).to(grad_scale.dtype.element_ty), mask=mask)
+            dz = dz * (1.0 + load_row(scale, b * scale_batch + r * scale_row, c, mask))
+            gained += dz
+            gained_along += dz * normalised
         else:
-            sum_scale += dz * affine
+            along += dz * normalised
         inner = dz * gain
-        if HAS_BIAS:
-            sum_bias += inner
-        if HAS_WEIGHT:
-            sum_weight += inner * normalised
-            inner = inner * w
         through_mean = tl.sum(inner, 0) / channels
         through_rstd = tl.sum(inner * normalised, 0) / channels
         dx = rstd * (inner - through_mean - normalised * through_rstd)
@@ -193,18 +164,15 @@ def modulate_rows_backward(
             if GATE_PER_TOKEN:
                 tl.store(grad_gate + to + c, dg.to(grad_gate.dtype.element_ty), mask=mask)
             else:
-                sum_gate += dg
+                gated += dg
         tl.store(grad_x + to + c, dx.to(grad_x.dtype.element_ty), mask=mask)
     here = sums + (b * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(here, sum_shift, mask=mask)
-    if not SCALE_PER_TOKEN:
-        tl.store(here + quantity, sum_scale, mask=mask)
-    if HAS_WEIGHT:
-        tl.store(here + 2 * quantity, sum_weight, mask=mask)
-    if HAS_BIAS:
-        tl.store(here + 3 * quantity, sum_bias, mask=mask)
-    if GATED and not GATE_PER_TOKEN:
-        tl.store(here + 4 * quantity, sum_gate, mask=mask)
+    tl.store(here, plain, mask=mask)
+    tl.store(here + quantity, along, mask=mask)
+    tl.store(here + 2 * quantity, gated, mask=mask)
+    if SCALE_PER_TOKEN:
+        tl.store(here + 3 * quantity, gained, mask=mask)
+        tl.store(here + 4 * quantity, gained_along, mask=mask)
 
 
 def refuse_channels(x: Tensor, *args: Any) -> str | None:
@@ -301,7 +269,8 @@ def launch_backward(
     grad_y = new(*x.shape) if gated else grad_x
     per_token = {"scale": scale.dim() == 3, "gate": gated and gate.dim() == 3}
     whole = {name: new(*x.shape) if is_whole else grad_x for name, is_whole in per_token.items()}
-    sums = torch.empty((5 if gated else 4, batch, programs, channels), dtype=torch.float32, device=x.device)
+    kinds = 5 if per_token["scale"] else 3
+    sums = torch.empty((kinds, batch, programs, channels), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         modulate_rows_backward[(programs, batch)](
             grad_h,
@@ -334,18 +303,20 @@ def launch_backward(
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             BLOCK=block,
+            STAGES=tuning.stages,
             num_warps=tuning.warps(block),
         )
-
-    def summed(index: int, over: tuple[int, ...]) -> Tensor:
-        return sums[index].sum(over).to(x.dtype)
-
+    totals = sums.sum(2)  # (kind, batch, channels)
+    plain, along = totals[:2]
+    gained, gained_along = totals[3:] if per_token["scale"] else totals[:2] * (1 + scale.float())
+    grad_scale = along if weight is None else along * weight.float()
+    grad_scale = grad_scale if bias is None else grad_scale + plain * bias.float()
     return {
         "x": grad_x,
         "y": grad_y,
-        "shift": summed(0, (1,)),
-        "scale": whole["scale"] if per_token["scale"] else summed(1, (1,)),
-        "weight": new(0) if weight is None else summed(2, (0, 1)),
-        "bias": new(0) if bias is None else summed(3, (0, 1)),
-        "gate": new(0) if not gated else whole["gate"] if per_token["gate"] else summed(4, (1,)),
+        "shift": plain.to(x.dtype),
+        "scale": whole["scale"] if per_token["scale"] else grad_scale.to(x.dtype),
+        "weight": new(0) if weight is None else gained_along.sum(0).to(x.dtype),
+        "bias": new(0) if bias is None else gained.sum(0).to(x.dtype),
+        "gate": new(0) if not gated else whole["gate"] if per_token["gate"] else totals[2].to(x.dtype),
     }

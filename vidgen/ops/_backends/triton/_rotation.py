@@ -122,7 +122,8 @@ def cut(x: Tensor, style: str | None, sections: Sequence[int] | None, sparse_n: 
     tuning = TUNING[x.device.type]
     # As many heads as divide them all, so that no lane is idle; but not too few.
     heads_block = min(power_of_2(heads), 16, max(4, heads & -heads))
-    while heads_block > 1 and heads_block * channels > tuning.head_tile:
+    least = power_of_2(sparse_n)
+    while heads_block > 1 and least * heads_block * channels > tuning.head_tile:
         heads_block //= 2
     run = sparse_n if sparse_n > 1 else max(1, min(16, tuning.head_tile // (heads_block * channels)))
     warps = tuning.warps(power_of_2(run) * heads_block * channels)

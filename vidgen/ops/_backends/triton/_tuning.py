@@ -12,26 +12,31 @@ class Tuning:
 
     Args:
         max_channels: longest row that one program holds as a whole.
+        stages: rows that a program which sums over the sequence loads ahead.
         forward_rows: rows of one program of a row-wise kernel.
         backward_programs: programs per sample of a kernel that sums over the sequence; each leaves a partial sum.
         tile: elements of one block of a kernel that goes element by element.
+        volume_tile: elements of one block of (channels, positions).
         head_tile: elements of one block of (tokens, heads, channels).
         warp_elements: elements of a block per warp; sets how many warps a program has.
     """
 
     max_channels: int
+    stages: int
     forward_rows: int
     backward_programs: int
     tile: int
+    volume_tile: int
     head_tile: int
     warp_elements: int
 
     def warps(self, elements: int) -> int:
-        return min(16, max(1, elements // self.warp_elements))
+        """A power of two, as Triton wants."""
+        return 1 << min(4, max(1, elements // self.warp_elements).bit_length() - 1)
 
 
 TUNING = {
-    "cuda": Tuning(16384, 4, 512, 4096, 4096, 512),
-    "npu": Tuning(4096, 64, 40, 4096, 4096, 512),
-    "cpu": Tuning(16384, 2, 3, 256, 64, 512),  # the interpreter: small, so that tests cross every boundary
+    "cuda": Tuning(16384, 2, 1, 512, 4096, 16384, 2048, 512),
+    "npu": Tuning(4096, 1, 64, 40, 4096, 4096, 4096, 512),
+    "cpu": Tuning(16384, 1, 2, 3, 256, 256, 64, 512),  # the interpreter: small, so that tests cross every boundary
 }

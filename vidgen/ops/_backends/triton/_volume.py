@@ -17,7 +17,7 @@ from ..._norm_silu import empty_like, like_format
 from ._launch import blocks, power_of_2
 from ._tuning import TUNING
 
-STEPS = 4  # tiles that a program which leaves partial results goes through
+CHUNKS = 512  # at most, of a sample: programs that leave a partial result, which another kernel has to read
 
 
 @triton.jit
@@ -45,8 +45,13 @@ class Volume:
         return TUNING[self.x.device.type].warps(self.channels_block * self.positions_block)
 
     @property
+    def steps(self) -> int:
+        """Tiles that a program which leaves a partial result goes through."""
+        return max(4, blocks(blocks(self.positions, self.positions_block), CHUNKS))
+
+    @property
     def chunks(self) -> int:
-        return blocks(self.positions, self.positions_block * STEPS)
+        return blocks(self.positions, self.positions_block * self.steps)
 
     def like(self) -> Tensor:
         return empty_like(self.x)
@@ -62,10 +67,10 @@ def volume(x: Tensor, *, whole_channels: bool) -> Volume:
     last = not x.is_contiguous()
     batch, channels = x.shape[:2]
     positions = x[0, 0].numel()
-    elements = TUNING[x.device.type].tile
+    elements = TUNING[x.device.type].volume_tile
     if whole_channels:
         channels_block = power_of_2(channels)
-        least = 1 if last or x.device.type == "cpu" else 32  # positions side by side: whole memory sectors
+        least = 1 if last or x.device.type == "cpu" else 64  # positions side by side: whole cache lines
         positions_block = min(power_of_2(positions), max(least, elements // channels_block))
     elif last:
         channels_block = min(power_of_2(channels), elements)

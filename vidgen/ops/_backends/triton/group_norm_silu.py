@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import blocks, on_device_of, power_of_2, refuse_common
-from ._volume import STEPS, Volume, silu_gradient, statistics, volume
+from ._volume import Volume, silu_gradient, statistics, volume
 
 group_norm_silu_refuses = refuse_common
 group_norm_silu_backward_refuses = refuse_common
@@ -20,19 +20,19 @@ group_norm_silu_backward_refuses = refuse_common
 
 @triton.jit
 def moments_of_chunks(
-    x, means, squares, channels, positions, x_channel, x_position,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    x, means, squares, channels, positions, steps, x_channel, x_position,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Per channel, over STEPS tiles: mean and sum of squared deviations, each (batch, chunks, channels)."""
+    """Per channel, over ``steps`` tiles: mean and sum of squared deviations, each (batch, chunks, channels)."""
     b = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * STEPS * POSITIONS
+    start = tl.program_id(0).to(tl.int64) * steps * POSITIONS
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     p = tl.arange(0, POSITIONS)[None, :]
     here = x + b * channels * positions + c.to(tl.int64) * x_channel + p * x_position
     mean = tl.zeros([CHANNELS], tl.float32)
     square = tl.zeros([CHANNELS], tl.float32)
     seen = 0.0
-    for i in range(0, STEPS):
+    for i in range(0, steps):
         place = start + i * POSITIONS
         inside = (c < channels) & (place + p < positions)
         v = tl.load(here + place * x_position, mask=inside, other=0.0).to(tl.float32)
@@ -109,13 +109,12 @@ def normalise_tiles(
 
 @triton.jit
 def gradient_sums(
-    grad, x, mean, rstd, weight, bias, sums, channels, positions, quantity, x_channel, x_position,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    grad, x, mean, rstd, weight, bias, sums, channels, positions, steps, quantity, x_channel, x_position,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Per channel and chunk: sums of the gradient before SiLU, and of it times the normalised value."""
     b = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * STEPS * POSITIONS
+    start = tl.program_id(0).to(tl.int64) * steps * POSITIONS
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     p = tl.arange(0, POSITIONS)[None, :]
     known = c < channels
@@ -124,7 +123,7 @@ def gradient_sums(
     scale = load_channels(rstd + b * channels, c, known)
     plain = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     along = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    for i in range(0, STEPS):
+    for i in range(0, steps):
         place = start + i * POSITIONS
         inside = known & (place + p < positions)
         v = tl.load(x + here + place * x_position, mask=inside, other=0.0).to(tl.float32)
@@ -179,14 +178,14 @@ def moments(v: Volume, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     means, squares = (statistics(v, v.batch, v.chunks, v.channels) for _ in range(2))
     mean, rstd = (statistics(v, v.batch, v.channels) for _ in range(2))
     moments_of_chunks[(v.chunks, blocks(v.channels, v.channels_block), v.batch)](
-        v.x, means, squares, v.channels, v.positions, v.channel_stride, v.position_stride,
-        STEPS=STEPS, CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+        v.x, means, squares, v.channels, v.positions, v.steps, v.channel_stride, v.position_stride,
+        CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
     )  # fmt: skip
     width = v.channels // num_groups
     wide = power_of_2(width)
     rows = min(power_of_2(v.chunks), max(1, 1024 // wide))
     moments_of_groups[(num_groups, v.batch)](
-        means, squares, mean, rstd, v.channels, v.positions, v.chunks, v.positions_block * STEPS, width, eps,
+        means, squares, mean, rstd, v.channels, v.positions, v.chunks, v.positions_block * v.steps, width, eps,
         WIDTH=wide, CHUNKS=rows, num_warps=4,
     )  # fmt: skip
     return mean, rstd
@@ -226,8 +225,8 @@ def group_norm_silu_backward(
     with on_device_of(x):
         mean, rstd = moments(v, num_groups, eps)
         gradient_sums[(v.chunks, columns, v.batch)](
-            grad, v.x, mean, rstd, weight, bias, sums, v.channels, v.positions, sums.stride(0), v.channel_stride,
-            v.position_stride, STEPS=STEPS, **constants,
+            grad, v.x, mean, rstd, weight, bias, sums, v.channels, v.positions, v.steps, sums.stride(0),
+            v.channel_stride, v.position_stride, **constants,
         )  # fmt: skip
         totals = sums.sum(2)  # (2, batch, channels)
         width = v.channels // num_groups

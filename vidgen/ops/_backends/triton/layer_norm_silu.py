@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._launch import blocks, on_device_of, refuse_common
 from ._tuning import TUNING
-from ._volume import STEPS, silu_gradient, statistics, volume
+from ._volume import silu_gradient, statistics, volume
 
 
 @triton.jit
@@ -42,19 +42,19 @@ def normalise_positions(
 
 @triton.jit
 def normalise_positions_backward(
-    grad, x, weight, bias, grad_x, sums, channels, positions, quantity, x_channel, x_position, eps,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    grad, x, weight, bias, grad_x, sums, channels, positions, steps, quantity, x_channel, x_position, eps,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Leaves one partial sum of the gradients of bias and weight, (2, batch, chunks, channels) of float32."""
     b = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * STEPS * POSITIONS
+    start = tl.program_id(0).to(tl.int64) * steps * POSITIONS
     c = tl.arange(0, CHANNELS)[:, None]
     p = tl.arange(0, POSITIONS)[None, :]
     w = tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
     beta = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
     sum_bias = tl.zeros([CHANNELS], tl.float32)
     sum_weight = tl.zeros([CHANNELS], tl.float32)
-    for i in range(0, STEPS):
+    for i in range(0, steps):
         place = start + i * POSITIONS
         inside = (c < channels) & (place + p < positions)
         here = b * channels * positions + place * x_position + c.to(tl.int64) * x_channel + p * x_position
@@ -104,9 +104,9 @@ def layer_norm_silu_backward(
     sums = statistics(v, 2, v.batch, v.chunks, v.channels)
     with on_device_of(x):
         normalise_positions_backward[(v.chunks, v.batch)](
-            grad, v.x, weight.contiguous(), bias.contiguous(), grad_x, sums, v.channels, v.positions, sums.stride(0),
-            v.channel_stride, v.position_stride, eps,
-            STEPS=STEPS, CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+            grad, v.x, weight.contiguous(), bias.contiguous(), grad_x, sums, v.channels, v.positions, v.steps,
+            sums.stride(0), v.channel_stride, v.position_stride, eps,
+            CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
         )  # fmt: skip
     grad_bias, grad_weight = sums.sum((1, 2)).to(x.dtype)
     return grad_x, grad_weight, grad_bias

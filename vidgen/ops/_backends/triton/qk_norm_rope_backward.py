@@ -60,7 +60,7 @@ def transform_heads_backward(
     grad_batch, grad_token, grad_head, x_batch, x_token, x_head, table_batch, table_token,
     K: tl.constexpr, NORM: tl.constexpr, ROTATED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
-    INTERLEAVED: tl.constexpr, RUN: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, RUN: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     t = tl.arange(0, TOKENS)[:, None, None]
@@ -78,7 +78,7 @@ def transform_heads_backward(
     ba2 = tl.zeros([TOKENS, HEADS, W2], tl.float32)
     bb2 = tl.zeros([TOKENS, HEADS, W2], tl.float32)
     first = tl.program_id(1) * runs_per_program
-    for i in range(0, tl.minimum(runs_per_program, runs - first)):
+    for i in tl.range(0, tl.minimum(runs_per_program, runs - first), num_stages=STAGES):
         token, row = place_of_run(first + i, runs_per_group, K, RUN)
         inside = (t < RUN) & (token + t < tokens)
         read = inside & (h < heads)
@@ -225,6 +225,7 @@ def qk_norm_rope_backward(
             ROTATED=rotated,
             HAS_WEIGHT=weight is not None,
             **shape.constants(),
+            STAGES=TUNING[x.device.type].stages,
             num_warps=shape.warps,
         )
     grad_weight, grad_bias = sums.sum(1).to(x.dtype)

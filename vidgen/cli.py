@@ -78,10 +78,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "vidgen train CONFIG [--section.field VALUE ...] [--resume auto|none|PATH] [--dry-run]"
+    parser.usage = "vidgen train CONFIG [--section.field VALUE ...] [--resume auto|none|PATH] [--profile N] [--dry-run]"
     parser.add_argument("config", type=Path, metavar="CONFIG", help="recipe (YAML or JSON), for example under configs/")
     parser.add_argument("--resume", default="auto", help="auto (default): from the newest checkpoint, if any")
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="repeat a skipped step and say what went wrong")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into OUTPUT/profile")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the shapes, do nothing")
     parser.epilog = "Any field of the recipe can be set: --training.steps 500 --optimizer.lr 3e-4 --output runs/a"
 
@@ -170,7 +171,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.replay is not None:
         _print(replay(recipe, options.replay))
         return 0
-    report = train(recipe, resume=options.resume)
+    report = train(recipe, resume=options.resume, profile_steps=options.profile)
     _print({name: value for name, value in report.items() if not isinstance(value, list)})
     return 0
 

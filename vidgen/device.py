@@ -111,6 +111,15 @@ def peak_flops(device: torch.device) -> tuple[float, str] | None:
     return next(((tflops * 1e12, source) for _, tflops, source in found), None)
 
 
+def profiler(device: torch.device) -> tuple[Any, list[Any]]:
+    """The module with ``profile`` and ``schedule`` for this device, and the activities that it is to record."""
+    if device.type == "npu":
+        library = importlib.import_module("torch_npu").profiler
+        return library, [library.ProfilerActivity.CPU, library.ProfilerActivity.NPU]
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler, [activity.CPU] if device.type == "cpu" else [activity.CPU, activity.CUDA]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until everything queued on the device has run."""
     if device.type != "cpu":

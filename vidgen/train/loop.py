@@ -30,6 +30,7 @@ from .errors import TrainingStopped
 from .gradient_clipping import AdaptiveGradientClipping, gradient_norm
 from .metrics import METRICS, MetricsLog, Progress, plot_loss, read_metrics
 from .optimizer import EMAAdamW
+from .profile import StepProfiler
 from .recipe import Optimizer, Recipe
 from .tasks import Task, build_task
 
@@ -44,12 +45,13 @@ FIXED = (
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
 
 
-def train(recipe: Recipe, *, resume: str = "auto") -> dict[str, Any]:
+def train(recipe: Recipe, *, resume: str = "auto", profile_steps: int = 0) -> dict[str, Any]:
     """Train as the recipe says and return the report, which is also written as ``report.json``.
 
     Args:
         resume: "auto" goes on from the newest checkpoint of ``recipe.output`` that verifies, or begins; "none" begins
             and refuses a folder that holds checkpoints; a path goes on from that checkpoint.
+        profile_steps: this many steps are traced into the folder ``profile`` of the run.
 
     Returns:
         The report; ``"finished"`` is False where SIGTERM ended the run, after a checkpoint.
@@ -63,7 +65,7 @@ def train(recipe: Recipe, *, resume: str = "auto") -> dict[str, Any]:
     with lock_directory(recipe.output), _sigterm() as terminated:
         run = _Run(recipe, resume)
         try:
-            return run.train(terminated)
+            return run.train(terminated, profile_steps)
         finally:
             run.close()
 
@@ -181,13 +183,24 @@ class _Run:
 
     # Steps
 
-    def train(self, terminated: threading.Event) -> dict[str, Any]:
+    def _profiler(self, steps: int) -> StepProfiler | None:
+        if not steps:
+            return None
         options = self.recipe.training
+        left, recomputes = options.steps - self.step, options.activation_checkpointing
+        return StepProfiler(self.device, self.output / "profile", steps, left, recomputes=recomputes)
+
+    def train(self, terminated: threading.Event, profile_steps: int = 0) -> dict[str, Any]:
+        options = self.recipe.training
+        profiler = self._profiler(profile_steps)
         progress = Progress(options.steps, start=self.step, every=options.log_every)
         began, first_step = time.monotonic(), self.step
         try:
             while self.step < options.steps and not terminated.is_set():
-                record = self._step()
+                with contextlib.nullcontext() if profiler is None else profiler.step():
+                    record = self._step()
+                if profiler is not None:
+                    profiler.note(self.step, record["seconds"])
                 self.log.write(record)
                 progress.update(self.step, loss=record["loss"], grad_norm=record["grad_norm"], lr=record["lr"])
                 due = self.step % options.checkpoint_every == 0 and self.step < options.steps
@@ -199,6 +212,8 @@ class _Run:
                 self.save(progress)
         finally:
             progress.close()
+            if profiler is not None:
+                profiler.close()
             report = self._report(time.monotonic() - began, self.step - first_step)
             self._write_report(report)
         return report

@@ -20,3 +20,4 @@ extern "C" const char* vidgen_twin_peaks() {
   return text.c_str();
 }
 extern "C" void vidgen_twin_forget_peaks() { twin::peaks().clear(); }
+extern "C" void vidgen_twin_ignore_barriers(bool ignored) { twin::barriers_are_ignored() = ignored; }

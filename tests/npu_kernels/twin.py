@@ -42,6 +42,17 @@ def build(target: str) -> Path:
     return BUILD / f"{target}.so"
 
 
+def compile_library(source: Path) -> ctypes.CDLL:
+    """A C++ file of this folder as a library, against the twin; made again where a source is newer."""
+    out = BUILD / f"{source.stem}.so"
+    with alone():
+        newest = max(path.stat().st_mtime for path in [source, *SOURCES.rglob("*.h")])
+        if not out.exists() or out.stat().st_mtime < newest:
+            flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC"]
+            run(["c++", *flags, f"-I{SOURCES}", f"-I{SOURCES / 'twin'}", str(source), "-o", str(out)])
+    return ctypes.CDLL(str(out))
+
+
 def run(command: list[str]) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
@@ -60,6 +71,15 @@ class Twin:
 
     def set_cores(self, cores: int) -> None:
         self.library.vidgen_twin_set_cores(cores)
+
+    @contextmanager
+    def ignoring_barriers(self) -> Iterator[None]:
+        """Kernels run as if they had no PipeBarrier."""
+        self.library.vidgen_twin_ignore_barriers(True)
+        try:
+            yield
+        finally:
+            self.library.vidgen_twin_ignore_barriers(False)
 
     def peaks(self) -> dict[str, int]:
         """Bytes of unified buffer that launches since the last call took, by kernel."""

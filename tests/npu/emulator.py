@@ -4,7 +4,8 @@
 Needs the stand-ins of cann_stubs.py: they give the device host memory, so allocation and copies work while every kernel
 launch fails. Under ``with NpuEmulator(REFERENCE):`` an operator that touches an npu tensor is carried out by the CPU on
 that same memory. The operators npu:: have no CPU kernel; the formulas in emulator_reference.py stand for them, and
-one that is not there raises. Operators of other libraries run as they are, and what they call comes here again.
+one that is not there raises. Messages of torch.distributed go over gloo. Operators of other libraries run as they are,
+and what they call comes here again.
 
 Real in this arrangement: schemas, the Python interface, the autograd wiring inside torch_npu, autocast, devices,
 streams, events, which backend vidgen chooses. Not real: the vendor's numerics and limits, speed, collectives.
@@ -49,7 +50,7 @@ class NpuEmulator(TorchDispatchMode):
         if name.startswith(NATIVE) or (func.is_view and not (name in COPYING and copies(func, *args, **kwargs))):
             return func(*args, **kwargs)
         self.calls[name] += 1
-        if func.namespace not in ("aten", "npu"):
+        if func.namespace not in ("aten", "npu", "c10d"):
             with self:  # a call by the dispatcher would come here again: name the kernel
                 return func._op_dk(torch._C.DispatchKey.PrivateUse1, *args, **kwargs)
         if func.namespace == "npu" and name not in self.reference:

@@ -43,10 +43,9 @@ def test_transformer(npu: Worker, system: str, preset: str, parameters: int, vid
     found = npu.run("cases_fake.transformer", system=system, preset=preset, video=video, backward=backward)
     assert found["parameters"] == parameters
     attentions = sum(found["vidgen"].get(name, 0) for name in ("attention", "skiparse_attention"))
-    fused = sum(count for name, count in found["npu"].items() if "fusion_attention" in name and "grad" not in name)
-    assert fused >= attentions > 0, found  # Ascend's own attention, for each of them
-    if backward:
-        assert sum(count for name, count in found["npu"].items() if "fusion_attention_grad" in name) >= attentions
+    # one call of Ascend's attention for each of them, and none by way of PyTorch's
+    assert found["npu"]["npu::npu_fusion_attention"] == attentions > 0, found
+    assert found["npu"].get("npu::npu_fusion_attention_grad", 0) == attentions * backward, found
 
 
 @pytest.mark.parametrize(

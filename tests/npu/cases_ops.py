@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -106,6 +107,58 @@ def samples_equal(name: str, dtype: str = "float32") -> dict[str, Any]:
         if op.composite is None:  # the compiler relies on what the fake says
             assert [y.stride() for y in got] == [y.stride() for y in tensors(op.fake(*args))], f"{name}, sample {i}"
     return {"calls": sorted(calls), "refused": refused, "samples": i + 1}
+
+
+def any_shape_and_stride(name: str, draws: int) -> int:
+    """Random arguments, as property tests of the ops draw them; returns how many of them npu_torch took."""
+    op, generator, taken = ops.OPS[name], random.Random(0), 0
+    backend = next(b for b in op.candidates("npu") if b.name == "npu_torch")
+    for i in range(draws):
+        torch.manual_seed(i)
+        args = op.random_args(generator.choice, CPU, torch.float32)
+        there = moved(device, args)
+        if backend.refuse(*there) is not None:
+            continue
+        taken += 1
+        compared = (lambda f, a: (tensors(f(*a)), [])) if name == "attention_lse" else None  # -inf has no gradient
+        wanted, wanted_grads = compared(op.reference, args) if compared else forward_and_gradients(op, args, True)
+        with NpuEmulator(REFERENCE), npu_torch_alone():
+            got, grads = compared(op, there) if compared else forward_and_gradients(op, there)
+        for y, w in zip([*got, *grads], [*wanted, *wanted_grads], strict=True):
+            said = lambda m, i=i: f"{name}, draw {i}: {m}"  # noqa: E731
+            torch.testing.assert_close(host(y), w, atol=1e-4, rtol=1e-4, msg=said)
+    return taken
+
+
+def tables_of_each_sample() -> None:
+    torch.manual_seed(0)
+    x, angles = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 8)
+    for style, sections in (("half", None), ("interleaved", None), ("half_per_axis", (4, 6, 6))):
+        args = (x, angles.cos(), angles.sin(), style, sections)
+        op = ops.OPS["rope_3d"]
+        wanted, wanted_grads = forward_and_gradients(op, args, reference=True)
+        with NpuEmulator(REFERENCE) as emulator, npu_torch_alone():
+            got, grads = forward_and_gradients(op, moved(device, args))
+        torch.testing.assert_close([host(t) for t in [*got, *grads]], [*wanted, *wanted_grads])
+        assert emulator.calls["npu::npu_rotary_mul"] == 2
+
+
+def eps_is_passed_on() -> None:
+    """Samples have torch_npu's default, which would do for them."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 2, 8), torch.randn(8), torch.randn(8)
+    rest = (0.5, None, None, "half", None, 1)
+    cases = [
+        ("qk_norm_rope", (x, x + 1, None, weight, None, None, None, "rms", *rest)),
+        ("qk_norm_rope", (x, x + 1, None, weight, None, bias, None, "layer", *rest)),
+        ("group_norm_silu", (x.transpose(1, 3), 2, weight, bias, 0.5)),
+    ]
+    for name, args in cases:
+        op = ops.OPS[name]
+        wanted, wanted_grads = forward_and_gradients(op, args, reference=True)
+        with NpuEmulator(REFERENCE), npu_torch_alone():
+            got, grads = forward_and_gradients(op, moved(device, args))
+        torch.testing.assert_close([host(t) for t in [*got, *grads]], [*wanted, *wanted_grads])
 
 
 def calls_of_all_samples() -> dict[str, Any]:

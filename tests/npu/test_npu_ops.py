@@ -20,6 +20,16 @@ def test_samples(npu: Worker, name: str, dtype: str) -> None:
     assert len(found["refused"]) < found["samples"] / 2
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_any_shape_and_stride(npu: Worker, name: str) -> None:
+    assert npu.run("cases_ops.any_shape_and_stride", name=name, draws=30) >= 10
+
+
+@pytest.mark.parametrize("case", ["tables_of_each_sample", "eps_is_passed_on"])
+def test_what_samples_lack(npu: Worker, case: str) -> None:
+    npu.run(f"cases_ops.{case}")
+
+
 @pytest.mark.parametrize(
     "case",
     [

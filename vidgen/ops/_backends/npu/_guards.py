@@ -110,9 +110,10 @@ def dropped(drop: Tensor, q: Tensor, k: Tensor) -> str | None:
     return None if tuple(drop.shape) in forms else f"the mask must be one of {forms}, got {tuple(drop.shape)}"
 
 
-def rotary(x: Tensor, interleaved: bool) -> str | None:
+def rotary(x: Tensor, interleaved: bool, as_one_sample: bool = False) -> str | None:
     """npu_rotary_mul in the layout BSND, with tables that have one row for every position: 1S1D."""
     batch, _, heads, dim = x.shape
+    batch = min(batch, 1) if as_one_sample else batch
     return first(
         (
             dtype(x),

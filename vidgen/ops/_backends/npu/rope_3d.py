@@ -22,7 +22,7 @@ def refuse(x: Tensor, cos: Tensor, sin: Tensor, style: str, sections: Sequence[i
 
 
 def limits(x: Tensor, cos: Tensor, style: str) -> str | None:
-    return _guards.rotary(one_table(x) if cos.dim() == 3 else x, style == "interleaved")
+    return _guards.rotary(x, style == "interleaved", as_one_sample=cos.dim() == 3)
 
 
 def run(x: Tensor, cos: Tensor, sin: Tensor, style: str, sections: Sequence[int] | None) -> Tensor:

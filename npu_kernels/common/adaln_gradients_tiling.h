@@ -12,10 +12,11 @@ struct AdalnBackwardTiling {
   float eps;
 };
 
-// Unified buffer: rows in and out in their own type, `buffers` times (grad, x, grad_x; with a gate also grad_h, y,
-// grad_y), and one of parameters; in float the six rows of AdalnGradients and one on its way out, with a gate two more.
+// Unified buffer: rows in and out in their own type, `buffers` times (grad, x, grad_x; with a gate also grad_h and
+// y in turn, and grad_y), and one of parameters; in float the six rows of AdalnGradients and one on its way out, with a
+// gate two more.
 VIDGEN_BOTH constexpr uint32_t adaln_backward_bytes(uint32_t channels, Float type, bool gated, uint32_t buffers) {
-  return lanes(channels) * (((gated ? 6 : 3) * buffers + 1) * size_of(type) + (gated ? 9 : 7) * 4) +
+  return lanes(channels) * (((gated ? 5 : 3) * buffers + 1) * size_of(type) + (gated ? 9 : 7) * 4) +
          norm_bytes(channels);
 }
 

@@ -13,9 +13,11 @@ class RowIn {
     from_ = global<T>(from, elements);
     pipe.InitBuffer(queue_, buffers, row * sizeof(T));
   }
-  __aicore__ inline void fetch(uint64_t at, uint32_t n) {
+  __aicore__ inline void fetch(uint64_t at, uint32_t n) { fetch(from_, at, n); }
+  // From another place than that of init.
+  __aicore__ inline void fetch(const GlobalTensor<T>& from, uint64_t at, uint32_t n) {
     auto row = queue_.template AllocTensor<T>();
-    load(row, from_[at], one_row(n));
+    load(row, from[at], one_row(n));
     queue_.EnQue(row);
   }
   __aicore__ inline void take(const LocalTensor<float>& to, uint32_t n) {

@@ -25,7 +25,7 @@ class GatedResidualAdalnBackward {
     grad_h_.init(pipe_, from.grad_h, elements, t.buffers, row);
     grad_modulated_.init(pipe_, from.grad_modulated, elements, t.buffers, row);
     h_.init(pipe_, from.h, elements, t.buffers, row);
-    y_.init(pipe_, from.y, elements, t.buffers, row);
+    y_ = global<T>(from.y, elements);
     grad_x_.init(pipe_, grad_x, elements, t.buffers, row);
     grad_y_.init(pipe_, grad_y, elements, t.buffers, row);
     pipe_.InitBuffer(rows_, 2 * row * sizeof(float));
@@ -53,16 +53,16 @@ class GatedResidualAdalnBackward {
     grad_modulated_.fetch(at, n);
     h_.fetch(at, n);
     grad_h_.fetch(at, n);
-    y_.fetch(at, n);
     grad_modulated_.take(grad, n);
     h_.take(other, n);
     gradients_.one();
     grad_h_.take(other, n);
+    grad_h_.fetch(y_, at, n);  // through the same queue: a fourth would not leave room for 3072 channels of float32
     Add(grad, grad, other, n);
     fence();
     grad_x_.put(grad, n);
     grad_x_.send(at, n);
-    y_.take(scratch, n);
+    grad_h_.take(scratch, n);
     Mul(scratch, scratch, grad, n);
     Mul(other, grad, gate_, n);
     fence();
@@ -74,11 +74,12 @@ class GatedResidualAdalnBackward {
 
   AdalnBackwardTiling t_;
   TPipe pipe_;
-  RowIn<T> grad_h_, grad_modulated_, h_, y_;
+  RowIn<T> grad_h_, grad_modulated_, h_;
   RowOut<T> grad_x_, grad_y_;
   TBuf<TPosition::VECCALC> rows_;
   LocalTensor<float> gate_, sum_gate_;
   AdalnGradients<T> gradients_;
+  GlobalTensor<T> y_;
   GM_ADDR gate_at_;
   GM_ADDR sum_gate_at_;
 };

@@ -2,8 +2,8 @@
 """The cases of the report, and the process that runs them: a kernel that goes wrong may take its process with it.
 
 A case is a name such as ``values/haar_3d/triton/bfloat16/4``. The process reads names from standard input, one a line,
-and writes a line "begin NAME" and a line "end {...}" for each. ``--list`` writes all names, ``--facts`` what is
-installed.
+and writes a line "begin NAME" and a line "end {...}" for each. ``--list`` writes what is
+installed, a line "CASES", and all names.
 """
 
 from __future__ import annotations
@@ -244,15 +244,12 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--emulate", action="store_true")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--facts", action="store_true")
     options = parser.parse_args()
     device = devices.resolve(options.device)
     exact_float32(device)
     with emulated(options.emulate):
         if options.list:
-            print("\n".join(names(device)))
-        elif options.facts:
-            print(json.dumps(facts(device)))
+            print(json.dumps(facts(device)), "CASES", *names(device), sep="\n")
         else:
             for line in sys.stdin:
                 print("begin", line.strip(), flush=True)

@@ -100,7 +100,9 @@ def refusals(summary: dict[str, Any]) -> list[str]:
 def build_line(build: dict[str, Any]) -> str:
     if "skipped" in build:
         return f"Not built: {build['skipped']}."
-    return f"Built in {build['seconds']} s, exit code {build['exit code']}; the end of what it said is in report.json."
+    made = "the library is there" if build["library"] else "there is NO library"
+    facts = f"{made}, exit code {build['exit code']}, {build['seconds']} s"
+    return f"{facts}; the end of what the build said is in report.json, all of it in build.log."
 
 
 def times(summary: dict[str, Any]) -> list[str]:

@@ -51,14 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     if options.again:
         (options.output / CASES).unlink(missing_ok=True)
-    built = {"skipped": "--skip-build"} if options.skip_build else build(options.output)
-    listed = ask(options, "--list")
-    facts = ask(options, "--facts")
-    if listed.returncode or facts.returncode:
-        print((listed.stderr + facts.stderr)[-3000:], file=sys.stderr)
+    if options.emulate or options.skip_build or not options.device.startswith("npu"):
+        built = {"skipped": "not asked for, or not for this device"}
+    else:
+        built = build(options.output)
+    asked = subprocess.run(command(options, "--list"), capture_output=True, text=True, cwd=ROOT)
+    if asked.returncode:
+        print(asked.stderr[-3000:], file=sys.stderr)
         print("run.py: the device cannot be used; see above", file=sys.stderr)
         return 2
-    wanted = [name for name in listed.stdout.splitlines() if selected(name, options)]
+    facts, _, names = asked.stdout.partition("\nCASES\n")
+    wanted = [name for name in names.splitlines() if selected(name, options)]
     done = finished(options.output / CASES)
     groups = grouped([name for name in wanted if name not in done])
     total, count = len(wanted), len([name for name in wanted if name in done])
@@ -73,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"[{count}/{total}] {group}", flush=True)
     results = [result for name, result in finished(options.output / CASES).items() if name in set(wanted)]
     about = {"emulated": options.emulate, "device": options.device, "build": built, "missing": total - len(results)}
-    summary = report.summarise(json.loads(facts.stdout.splitlines()[-1]), results, about)
+    summary = report.summarise(json.loads(facts.splitlines()[-1]), results, about)
     report.write(summary, options.output)
     print(f"wrote {options.output / 'report.json'} and report.md")
     print(report.verdict_line(summary))
@@ -87,14 +90,14 @@ def selected(name: str, options: argparse.Namespace) -> bool:
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """Results so far; a last line that was cut off does not count."""
+    """Results so far; a last line that was cut off is removed."""
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for line in lines[:-1]:
+        result = json.loads(line)
         found[result["case"]] = result
+    if lines and lines[-1]:
+        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
     return found
 
 
@@ -109,10 +112,6 @@ def grouped(names: list[str]) -> dict[str, list[str]]:
 def command(options: argparse.Namespace, *more: str) -> list[str]:
     emulate = ["--emulate"] if options.emulate else []
     return [sys.executable, str(HERE / "cases.py"), "--device", options.device, *emulate, *more]
-
-
-def ask(options: argparse.Namespace, what: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(options, what), capture_output=True, text=True, cwd=ROOT)
 
 
 def run_group(names: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -185,21 +184,27 @@ def tail(path: Path) -> list[str]:
 
 
 def build(output: Path) -> dict[str, Any]:
-    """Compile the kernels in Ascend C where CANN is; what the compiler said is part of the report."""
+    """Compile the kernels in Ascend C where CANN is; what was said is part of the report."""
     if not os.environ.get("ASCEND_HOME_PATH"):
         return {"skipped": "ASCEND_HOME_PATH is not set: no CANN, no kernels in Ascend C"}
-    if not (HERE.parent / "CMakeLists.txt").exists() or shutil.which("cmake") is None:
-        return {"skipped": "npu_kernels/CMakeLists.txt or cmake is missing"}
-    folder, began, said = HERE.parent / "build", time.monotonic(), ""
-    configure = ["cmake", "-S", str(HERE.parent), "-B", str(folder), f"-DPython3_EXECUTABLE={sys.executable}"]
-    for step in (configure, ["cmake", "--build", str(folder), "--parallel"]):
+    if shutil.which("cmake") is None:
+        return {"skipped": "cmake is missing: pip install cmake ninja"}
+    folder, began, said = ROOT / "build" / "npu", time.monotonic(), ""
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    steps = (
+        ["cmake", "-S", str(HERE.parent), "-B", str(folder), *ninja, f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", str(folder), "--parallel"],
+        ["cmake", "--install", str(folder), "--prefix", str(ROOT / "vidgen")],
+    )
+    for step in steps:
         ran = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said += ran.stdout
+        said += f"$ {' '.join(step)}\n{ran.stdout}"
         if ran.returncode:
             break
     (output / "build.log").write_text(said)
+    made = (ROOT / "vidgen" / "_ascendc.so").exists()
     seconds = round(time.monotonic() - began, 1)
-    return {"exit code": ran.returncode, "seconds": seconds, "said": said.splitlines()[-60:]}
+    return {"exit code": ran.returncode, "library": made, "seconds": seconds, "said": said.splitlines()[-60:]}
 
 
 if __name__ == "__main__":

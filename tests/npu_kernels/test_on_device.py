@@ -44,7 +44,7 @@ def lines(folder):
 
 
 def test_a_report_from_a_cpu(tmp_path):
-    only = ("dispatch/haar_2d/float32/*", "*/haar_2d/cpu_cpp/*", "bench/haar_2d/float32/*", "models/cogvideox/tr*/fl*")
+    only = ("dispatch/haar_2d/float32/*", "values/haar_2d/cpu_cpp/*", "bench/haar_2d/fl*", "models/cogvideox/tran*/fl*")
     arguments = ["--device", "cpu", "--output", tmp_path, *(word for name in only for word in ("--only", name))]
     done = start(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,20 +59,12 @@ def test_a_report_from_a_cpu(tmp_path):
     assert times["ms"]["cpu_cpp"] > 0 and times["ms"]["eager"] > 0 and times["ms"]["copy"] > 0
     page = (tmp_path / "report.md").read_text()
     assert "| values/haar_2d/cpu_cpp/float32 |" in page and "Not built" in page and "EMULATED" not in page
-    # Once more: nothing is left to do. With a case lost, that one runs.
+    # Once more: what is done is left as it is; the case whose line was cut off runs again.
     kept = lines(tmp_path)
-    assert start(*arguments).returncode == 0 and lines(tmp_path) == kept
     (tmp_path / "cases.jsonl").write_text("\n".join(kept[:-1]) + '\n{"case": "cut o')
     assert start(*arguments).returncode == 0
-    assert {json.loads(line)["case"] for line in kept} == set(found_cases(tmp_path))
-
-
-def found_cases(folder):
-    for line in lines(folder):
-        try:
-            yield json.loads(line)["case"]
-        except ValueError:
-            continue
+    assert lines(tmp_path)[:-1] == kept[:-1]
+    assert json.loads(lines(tmp_path)[-1])["case"] == json.loads(kept[-1])["case"]
 
 
 def test_a_device_that_is_not_there(tmp_path):

@@ -355,9 +355,9 @@ def in_fake_mode() -> None:
 def ring_of_blocks() -> None:
     """A ring's blocks of keys, merged and differentiated by torch_npu's ops, equal attention to all keys."""
     torch.manual_seed(0)
-    q, k, v = draw_qkv(2, 5, 9)
+    q, k, v = draw_qkv(3, 5, 9)
     grad = torch.randn(q.shape)
-    mask = lengths_mask([2, 9], 9)  # the first sample sees nothing of the later blocks
+    mask = lengths_mask([2, 9, 0], 9)  # the first sample sees nothing of the later blocks, the last nothing at all
     mask[1, 3:5] = False
     wanted, wanted_lse = ops.OPS["attention_lse"].reference(q, k, v, mask, None)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -376,6 +376,20 @@ def ring_of_blocks() -> None:
     torch.testing.assert_close([host(t) for t in grads], list(wanted_grads))
     assert emulator.calls["npu::npu_ring_attention_update"] == 2
     assert emulator.calls["npu::npu_fusion_attention"] == emulator.calls["npu::npu_fusion_attention_grad"] == 3
+
+
+def gradient_of_rows_that_saw_nothing() -> None:
+    op = ops.OPS["attention_backward"]
+    torch.manual_seed(0)
+    grad, q, k, v, out, lse, _, scale = op.samples(CPU, torch.float32)[1]
+    lse[0, 1, 1] = -torch.inf
+    args = (grad, q, k, v, out, lse, None, scale)
+    wanted = op.reference(*args)
+    assert wanted[0][0, 1, 1].abs().max() == 0
+    with NpuEmulator(REFERENCE) as emulator, npu_torch_alone():
+        got = op(*moved(device, args))
+    torch.testing.assert_close([host(t) for t in got], list(wanted))
+    assert emulator.calls["npu::npu_fusion_attention_grad"] == 1
 
 
 def merge_of_rows_that_saw_nothing() -> None:

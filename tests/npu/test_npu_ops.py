@@ -41,6 +41,7 @@ def test_what_samples_lack(npu: Worker, case: str) -> None:
         "in_fake_mode",
         "ring_of_blocks",
         "merge_of_rows_that_saw_nothing",
+        "gradient_of_rows_that_saw_nothing",
     ],
 )
 def test_attention(npu: Worker, case: str) -> None:

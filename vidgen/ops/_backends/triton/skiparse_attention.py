@@ -17,7 +17,10 @@ from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_
 from ._skiparse_backward import skiparse_delta, skiparse_grad_keys, skiparse_grad_queries
 from ._skiparse_forward import skiparse_forward
 
+TWO_LEVELS = ("cuda", "cpu")  # devices where each row may have an address of its own
 MOST_CHANNELS = 256
+MOST_ROWS = 128  # of a tile: addresses within it are 32 bits wide
+MOST_PROGRAMS = 65535  # of one launch on Ascend
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def tiles(x: Tensor, kernel: str) -> Tiles:
     narrow = x.shape[-1] <= 128
     if kind != "cuda":
         return Tiles(64, 64, 4, 1) if narrow else Tiles(32, 32, 4, 1)
-    if x.dtype == torch.float32:
-        return Tiles(64, 32, 4, 2) if narrow else Tiles(32, 16, 4, 2)
+    if x.dtype == torch.float32:  # without tensor cores: registers are what is short
+        return Tiles(32, 32, 8, 1) if x.shape[-1] <= 32 else Tiles(16, 16, 8, 1)
     if not narrow:
         return {
             "forward": Tiles(128, 64, 8, 2),
@@ -107,8 +110,7 @@ class Groups:
 def groups_of(q: Tensor, sparse_n: int, pattern: str, grouped: bool, tokens: int) -> Groups:
     if pattern == "single" or sparse_n == 1:
         return Groups(q, sparse_n, tokens, 1, 1, 1, sparse_n, 1, sparse_n)
-    # Rows of two levels are cheap where each has an address of its own: in the cores of CUDA.
-    two_levels = q.device.type in ("cuda", "cpu") and sparse_n in (2, 4, 8, 16)
+    two_levels = q.device.type in TWO_LEVELS and sparse_n in (2, 4, 8, 16)  # a tile's rows are a multiple of these
     runs = (1, sparse_n) if two_levels else (sparse_n, 1)
     steps = sparse_n, sparse_n**2
     places = (skiparse_padded_length(tokens, sparse_n) // sparse_n, sparse_n) if grouped else steps
@@ -290,14 +292,29 @@ def skiparse_attention(*args: Any) -> list[Tensor]:
 
 
 def skiparse_attention_lse_refuses(*args: Any) -> str | None:
-    q, _, _, sparse_n, _, _, text_k, _, _, _, scale, _, tokens = args
+    q, k, v, sparse_n, pattern, _, text_k, _, _, _, scale, grouped, tokens = args
     if (reason := refuse_common(*args)) is not None:
         return reason
     if q.shape[-1] > MOST_CHANNELS:
         return f"head_dim is at most {MOST_CHANNELS}, not {q.shape[-1]}"
     if scale is not None and scale <= 0:
         return f"scale must be positive, not {scale}"
+    groups = groups_of(q, sparse_n, pattern, grouped, tokens)
+    step = max(groups.place_row, groups.token_row) * max(t.stride(1) for t in (q, k, v))
+    if step * MOST_ROWS >= 2**31:
+        return f"the rows of a group lie {step} elements apart"
+    text = 0 if text_k is None else text_k.shape[1]
+    if q.device.type == "npu" and (number := most_programs(groups, text)) > MOST_PROGRAMS:
+        return f"it would take {number} programs, and Ascend launches at most {MOST_PROGRAMS}"
     return None
+
+
+def most_programs(groups: Groups, text: int) -> int:
+    """In the largest launch of a call and its gradient."""
+    cuts = [tiles(groups.q, kernel) for kernel in ("forward", "grad_keys", "grad_queries")]
+    least = min(min(cut.queries, cut.keys) for cut in cuts)
+    number = max(groups.columns * blocks(groups.rows, fit(least, groups.rows)), blocks(text, least))
+    return groups.programs(number)[0]
 
 
 def skiparse_attention_lse_backward_refuses(*args: Any) -> str | None:
@@ -305,11 +322,13 @@ def skiparse_attention_lse_backward_refuses(*args: Any) -> str | None:
 
 
 def skiparse_attention_refuses(*args: Any) -> str | None:
-    """Where nothing is hidden, the library's kernels win even after the copies that they need."""
+    """On CUDA only where keys are hidden: elsewhere the library's kernels win, even after the copies that they need."""
     q, _, _, sparse_n, _, _, _, _, mask, text_mask, _, _, tokens = args
     if (reason := skiparse_attention_lse_refuses(*args)) is not None:
         return reason
-    padded = skiparse_padded_length(tokens, sparse_n) != tokens
-    if q.device.type == "cuda" and mask is None and text_mask is None and not padded:
-        return "nothing is hidden: scaled_dot_product_attention is faster"
+    if q.device.type == "cuda":
+        if q.dtype == torch.float32:
+            return "scaled_dot_product_attention is faster in float32"
+        if mask is None and text_mask is None and skiparse_padded_length(tokens, sparse_n) == tokens:
+            return "nothing is hidden, and there scaled_dot_product_attention is faster"
     return None

@@ -14,13 +14,13 @@ streams, events, which backend vidgen chooses. Not real: the vendor's numerics a
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from .emulator_internals import internals, replace_what_modes_do_not_see
 
@@ -40,11 +40,12 @@ class NpuEmulator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        tensors: list[torch.Tensor] = []
+        mapped(lambda leaf: tensors.append(leaf) if isinstance(leaf, torch.Tensor) else None, [args, kwargs])
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if not any(t.device.type == "npu" for t in tensors) and (target is None or target.type != "npu"):
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if composite(func):
             with self:  # inside the kernel of an op of ours the dispatcher no longer takes such operators apart
                 return func.decompose(*args, **kwargs)
         if name.startswith(NATIVE) or (func.is_view and not (name in COPYING and copies(func, *args, **kwargs))):
@@ -76,12 +77,27 @@ class NpuEmulator(TorchDispatchMode):
             return leaf if target is not None and target.type == "cpu" else to_npu(leaf)
 
         alive: list[torch.Tensor] = []
-        low_args, low_kwargs = tree_map(lower, (args, kwargs))
+        low_args, low_kwargs = mapped(lower, args), mapped(lower, kwargs)
         if target is not None:
             low_kwargs["device"] = torch.device("cpu")
         if low_kwargs.get("pin_memory"):
             low_kwargs["pin_memory"] = False
-        return tree_map(lift, run(*low_args, **low_kwargs))
+        return mapped(lift, run(*low_args, **low_kwargs))
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of every leaf; what operators take and return has no other containers, and PyTorch's own is slow."""
+    if isinstance(value, dict):
+        return {name: mapped(function, item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [mapped(function, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return function(value)
+
+
+@functools.cache
+def composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def copies(func: Any, t: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

@@ -96,7 +96,7 @@ def samples_equal(name: str, dtype: str = "float32") -> dict[str, Any]:
             continue
         wanted, wanted_grads = forward_and_gradients(op, args, reference=True)
         with NpuEmulator(REFERENCE) as emulator, npu_torch_alone():
-            with torch.no_grad():
+            with torch.no_grad(), ops.use_backend("npu_torch"):
                 plain = tensors(op(*there))
             got, grads = forward_and_gradients(op, there)
         assert all(y.device.type == "npu" for y in got)

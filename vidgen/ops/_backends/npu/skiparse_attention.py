@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..._registry import use_backend
 from ...attention import softmax_scale
 from ...skiparse_attention import in_groups, key_mask
 from ...skiparse_index import groups_to_tokens, skiparse_padded_length
@@ -65,7 +66,8 @@ def run(
     batch, _, heads, _ = q.shape
     pattern = "single" if sparse_n == 1 else pattern
     layout = (sparse_n, pattern, grouped, num_tokens)
-    queries, keys, values = (in_groups(x, t, *layout) for x, t in ((q, text_q), (k, text_k), (v, text_v)))
+    with use_backend(None):  # an op of its own, which this backend does not have
+        queries, keys, values = (in_groups(x, t, *layout) for x, t in ((q, text_q), (k, text_k), (v, text_v)))
     padded = skiparse_padded_length(num_tokens, sparse_n) != num_tokens
     heads_fold = by_heads(heads, sparse_n, pattern, alike=mask is None and not padded)
 

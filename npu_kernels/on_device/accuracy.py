@@ -44,11 +44,11 @@ def on_cpu(args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in args)
 
 
-def judge_values(op: Any, args: Sequence[Any], results: Any) -> Verdict:
+def judge_values(op: Any, args: Sequence[Any], results: Any, rounded_to: torch.dtype | None = None) -> Verdict:
     """``results`` of ``op(*args)``: at most twice the error of eager and one rounding; gradients three times and two.
 
     Where a result exceeds that, eager's error is the largest on inputs that are one float32 rounding off, plus how far
-    these move the truth: see the tests of ops for why.
+    these move the truth: see the tests of ops for why. ``rounded_to`` is the dtype that results went through.
     """
     factor, roundings = (3.0, 2.0) if op.name.endswith("_backward") else (2.0, 1.0)
     args, results = on_cpu(args), [y.detach().cpu() for y in tensors(results)]
@@ -65,7 +65,7 @@ def judge_values(op: Any, args: Sequence[Any], results: Any) -> Verdict:
             verdict.why = f"result {i} is finite where eager is not, or the reverse"
         elif y.numel():
             finite = t.isfinite()
-            slack = roundings * torch.finfo(e.dtype).eps * max(largest(t[finite]), 1.0)
+            slack = roundings * torch.finfo(rounded_to or e.dtype).eps * max(largest(t[finite]), 1.0)
             error, allowed = largest((y.double() - t)[finite]), largest((e.double() - t)[finite])
             if error > factor * allowed + slack:
                 errors, moves = on_neighbours(op, args, truth)

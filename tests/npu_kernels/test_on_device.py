@@ -167,7 +167,7 @@ def test_a_wrong_gradient_is_found(program, monkeypatch):
 
 def test_a_wrong_model_is_found(program, monkeypatch):
     right = program["cases"].run_case("models/opensora_v2/transformer/float32", CPU)
-    assert right["verdict"] == "passed" and right["error"] == 0  # the CPU against itself
+    assert right["verdict"] == "passed" and right["error"] < 1e-5  # the CPU against itself
     import small_models
 
     plain = small_models.forward_and_backward

@@ -158,7 +158,7 @@ def test_a_row_of_a_batch_equals_the_call_on_that_row(op, dtype, i):
     whole = tensors(op(*args))
     for b in range(args[0].shape[0]):
         for alone, y in zip(tensors(op(*row(op, args, b))), whole, strict=True):
-            if ops.table(DEVICE.type)[op.name][0] in ("composite", "reference") or op.composite:
+            if op.composite or "reference: runs" in op.explain(*args):
                 # library calls may block a batch otherwise than a row
                 torch.testing.assert_close(alone, y[b : b + 1])
             else:
@@ -193,7 +193,11 @@ def test_gradients_are_as_accurate_as_eager(op, dtype, i):
         assert (y is None) == (t is None)
         if y is not None and y.numel():
             error, allowed = (y.double() - t).abs().amax().item(), (e.double() - t).abs().amax().item()
-            assert error <= 3 * allowed + 2 * torch.finfo(y.dtype).eps * max(t.abs().amax().item(), 1.0)
+            bound = 3 * allowed + 2 * torch.finfo(y.dtype).eps * max(t.abs().amax().item(), 1.0)
+            if op.composite and DEVICE.type != "cpu":  # PyTorch's own kernels, which PyTorch tests to this tolerance
+                torch.testing.assert_close(y.double(), t, rtol=0, atol=max(bound, 1e-5))
+            else:
+                assert error <= bound
 
 
 @pytest.mark.parametrize("op, dtype, i", sampled([torch.float32]))

@@ -28,6 +28,14 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return getattr(torch, x.device.type).device(x.device)
 
 
+def rounded_products(x: Tensor) -> dict[str, bool]:
+    """Options of kernels whose differences of equal products must be 0: no product goes unrounded into a sum.
+
+    The gradient of a norm over one channel is such a difference, times one over a deviation of 0.
+    """
+    return {"enable_fp_fusion": False} if x.device.type == "cuda" else {}
+
+
 def rows_side_by_side(x: Tensor) -> Tensor:
     """``x``, or a copy of it, in which the elements of the last axis lie side by side."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()

@@ -105,6 +105,7 @@ class Cut:
     interleaved: bool
     run: int
     heads_block: int
+    elements: int
     warps: int
 
     def constants(self) -> dict[str, int | bool]:
@@ -122,13 +123,16 @@ def cut(x: Tensor, style: str | None, sections: Sequence[int] | None, sparse_n: 
     tuning = TUNING[x.device.type]
     # As many heads as divide them all, so that no lane is idle; but not too few.
     heads_block = min(power_of_2(heads), 16, max(4, heads & -heads))
-    least = power_of_2(sparse_n)
-    while heads_block > 1 and least * heads_block * channels > tuning.head_tile:
+    # Runs of the group layout lie apart, each in few rows: smaller blocks of them are faster.
+    tile = tuning.head_tile // (power_of_2(sparse_n) * 2) if sparse_n > 1 else tuning.head_tile
+    while heads_block > 1 and heads_block * channels > tile:
         heads_block //= 2
-    run = sparse_n if sparse_n > 1 else max(1, min(16, tuning.head_tile // (heads_block * channels)))
-    warps = tuning.warps(power_of_2(run) * heads_block * channels)
+    run = sparse_n if sparse_n > 1 else max(1, min(16, tile // (heads_block * channels)))
+    elements = power_of_2(run) * heads_block * channels
     three = (*widths, 0, 0, 0)[:3]
-    return Cut((three[0], three[1], three[2]), style == "interleaved", run, heads_block, warps)
+    return Cut(
+        (three[0], three[1], three[2]), style == "interleaved", run, heads_block, elements, tuning.warps(elements)
+    )
 
 
 def table_strides(table: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def skiparse_delta(
     g = load_rows(grad + at, heads * D, 0, length - start, D, BLOCK_M, BLOCK_D, 1, True).to(tl.float32)
     o = load_rows(out + at, heads * D, 0, length - start, D, BLOCK_M, BLOCK_D, 1, True).to(tl.float32)
     row = (sample * heads + head) * length + start
-    shift = load_column(grad_lse + row, 1, length - start, 0.0, BLOCK_M, 1)
+    shift = load_column(grad_lse + row, 1, length - start, BLOCK_M, 1)
     store_column(delta + row, 1, length - start, tl.sum(g * o, 1) - shift, BLOCK_M, 1)
 
 
@@ -118,8 +118,8 @@ def skiparse_grad_keys(
         upstream = load_rows(
             out_at + token_i * out_token, token_row * out_token, out_token, BLOCK_M, D, BLOCK_M, BLOCK_D, COLUMNS, False
         )
-        lse_i = load_column(lse + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M, COLUMNS)
-        delta_i = load_column(delta + lse_row + token_i, token_row, BLOCK_M, 0.0, BLOCK_M, COLUMNS)
+        lse_i = load_column(lse + lse_row + token_i, token_row, BLOCK_M, BLOCK_M, COLUMNS)
+        delta_i = load_column(delta + lse_row + token_i, token_row, BLOCK_M, BLOCK_M, COLUMNS)
         sum_k, sum_v = into_keys(
             key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
         )
@@ -144,9 +144,9 @@ def skiparse_grad_keys(
                 COLUMNS,
                 True,
             )
-            # A weight of exp(-inf) for queries that are not there.
-            lse_i = load_column(lse + lse_row + token_i, token_row, rows_i, float("inf"), BLOCK_M, COLUMNS)
-            delta_i = load_column(delta + lse_row + token_i, token_row, rows_i, 0.0, BLOCK_M, COLUMNS)
+            # Queries that are not there add nothing: all of theirs is zero.
+            lse_i = load_column(lse + lse_row + token_i, token_row, rows_i, BLOCK_M, COLUMNS)
+            delta_i = load_column(delta + lse_row + token_i, token_row, rows_i, BLOCK_M, COLUMNS)
             sum_k, sum_v = into_keys(
                 key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
             )
@@ -159,8 +159,8 @@ def skiparse_grad_keys(
             upstream_at = grad_text + ((sample * text_queries + start_i) * heads + head) * D
             upstream = load_rows(upstream_at, out_token, 0, rows_i, D, BLOCK_M, BLOCK_D, 1, True)
             row_i = (sample * heads + head) * text_queries + start_i
-            lse_i = load_column(text_lse + row_i, 1, rows_i, float("inf"), BLOCK_M, 1)
-            delta_i = load_column(text_delta + row_i, 1, rows_i, 0.0, BLOCK_M, 1)
+            lse_i = load_column(text_lse + row_i, 1, rows_i, BLOCK_M, 1)
+            delta_i = load_column(text_delta + row_i, 1, rows_i, BLOCK_M, 1)
             sum_k, sum_v = into_keys(
                 key, value, shown, query, upstream, lse_i, delta_i, sum_k, sum_v, scale, HAS_MASK, PRECISION
             )
@@ -220,8 +220,8 @@ def skiparse_grad_queries(
 
     query = load_rows(q_at, q_step, q_token, rows, D, BLOCK_M, BLOCK_D, OWN_COLUMNS, True)
     upstream = load_rows(grad + upstream_at, upstream_step, heads * D, rows, D, BLOCK_M, BLOCK_D, OWN_COLUMNS, True)
-    lse_q = load_column(lse + row, row_step, rows, float("inf"), BLOCK_M, OWN_COLUMNS)
-    delta_q = load_column(delta + row, row_step, rows, 0.0, BLOCK_M, OWN_COLUMNS)
+    lse_q = load_column(lse + row, row_step, rows, BLOCK_M, OWN_COLUMNS)
+    delta_q = load_column(delta + row, row_step, rows, BLOCK_M, OWN_COLUMNS)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_at = k + batch * k_batch + head * k_head
     v_at = v + batch * v_batch + head * v_head

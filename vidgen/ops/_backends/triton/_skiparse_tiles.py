@@ -56,9 +56,9 @@ def store_rows(
 
 
 @triton.jit
-def load_column(start, step, rows, other, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """One number per row."""
-    return tl.load(start + offsets(step, 1, BLOCK, COLUMNS), mask=tl.arange(0, BLOCK) < rows, other=other)
+def load_column(start, step, rows, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """One number per row; zeros behind ``rows``."""
+    return tl.load(start + offsets(step, 1, BLOCK, COLUMNS), mask=tl.arange(0, BLOCK) < rows, other=0.0)
 
 
 @triton.jit

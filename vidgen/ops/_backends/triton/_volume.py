@@ -17,7 +17,7 @@ from ..._norm_silu import empty_like, like_format
 from ._launch import blocks, power_of_2
 from ._tuning import TUNING
 
-CHUNKS = 512  # at most, of a sample: programs that leave a partial result, which another kernel has to read
+CHUNKS = 1024  # at most, of a sample: programs that leave a partial result, which another kernel has to read
 
 
 @triton.jit
@@ -48,6 +48,11 @@ class Volume:
     def steps(self) -> int:
         """Tiles that a program which leaves a partial result goes through."""
         return max(4, blocks(blocks(self.positions, self.positions_block), CHUNKS))
+
+    @property
+    def stages(self) -> int:
+        block = self.channels_block * self.positions_block
+        return TUNING[self.x.device.type].stages_of(2 * block * self.x.element_size())
 
     @property
     def chunks(self) -> int:

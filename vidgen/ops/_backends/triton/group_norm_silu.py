@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common
+from ._launch import blocks, on_device_of, power_of_2, refuse_common, rounded_products
 from ._volume import Volume, silu_gradient, statistics, volume
 
 group_norm_silu_refuses = refuse_common
@@ -21,7 +21,7 @@ group_norm_silu_backward_refuses = refuse_common
 @triton.jit
 def moments_of_chunks(
     x, means, squares, channels, positions, steps, x_channel, x_position,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Per channel, over ``steps`` tiles: mean and sum of squared deviations, each (batch, chunks, channels)."""
     b = tl.program_id(2).to(tl.int64)
@@ -32,7 +32,7 @@ def moments_of_chunks(
     mean = tl.zeros([CHANNELS], tl.float32)
     square = tl.zeros([CHANNELS], tl.float32)
     seen = 0.0
-    for i in range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         place = start + i * POSITIONS
         inside = (c < channels) & (place + p < positions)
         v = tl.load(here + place * x_position, mask=inside, other=0.0).to(tl.float32)
@@ -111,6 +111,7 @@ def normalise_tiles(
 def gradient_sums(
     grad, x, mean, rstd, weight, bias, sums, channels, positions, steps, quantity, x_channel, x_position,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Per channel and chunk: sums of the gradient before SiLU, and of it times the normalised value."""
     b = tl.program_id(2).to(tl.int64)
@@ -123,7 +124,7 @@ def gradient_sums(
     scale = load_channels(rstd + b * channels, c, known)
     plain = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     along = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    for i in range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         place = start + i * POSITIONS
         inside = known & (place + p < positions)
         v = tl.load(x + here + place * x_position, mask=inside, other=0.0).to(tl.float32)
@@ -179,7 +180,7 @@ def moments(v: Volume, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     mean, rstd = (statistics(v, v.batch, v.channels) for _ in range(2))
     moments_of_chunks[(v.chunks, blocks(v.channels, v.channels_block), v.batch)](
         v.x, means, squares, v.channels, v.positions, v.steps, v.channel_stride, v.position_stride,
-        CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+        CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, num_warps=v.warps,
     )  # fmt: skip
     width = v.channels // num_groups
     wide = power_of_2(width)
@@ -220,13 +221,14 @@ def group_norm_silu_backward(
         "CHANNELS": v.channels_block,
         "POSITIONS": v.positions_block,
         "num_warps": v.warps,
+        **rounded_products(x),
     }
     sums = statistics(v, 2, v.batch, v.chunks, v.channels)
     with on_device_of(x):
         mean, rstd = moments(v, num_groups, eps)
         gradient_sums[(v.chunks, columns, v.batch)](
             grad, v.x, mean, rstd, weight, bias, sums, v.channels, v.positions, v.steps, sums.stride(0),
-            v.channel_stride, v.position_stride, **constants,
+            v.channel_stride, v.position_stride, STAGES=v.stages, **constants,
         )  # fmt: skip
         totals = sums.sum(2)  # (2, batch, channels)
         width = v.channels // num_groups

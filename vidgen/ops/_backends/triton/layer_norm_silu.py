@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, refuse_common
+from ._launch import blocks, on_device_of, refuse_common, rounded_products
 from ._tuning import TUNING
 from ._volume import silu_gradient, statistics, volume
 
@@ -43,7 +43,7 @@ def normalise_positions(
 @triton.jit
 def normalise_positions_backward(
     grad, x, weight, bias, grad_x, sums, channels, positions, steps, quantity, x_channel, x_position, eps,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Leaves one partial sum of the gradients of bias and weight, (2, batch, chunks, channels) of float32."""
     b = tl.program_id(1).to(tl.int64)
@@ -54,7 +54,7 @@ def normalise_positions_backward(
     beta = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
     sum_bias = tl.zeros([CHANNELS], tl.float32)
     sum_weight = tl.zeros([CHANNELS], tl.float32)
-    for i in range(0, steps):
+    for i in tl.range(0, steps, num_stages=STAGES):
         place = start + i * POSITIONS
         inside = (c < channels) & (place + p < positions)
         here = b * channels * positions + place * x_position + c.to(tl.int64) * x_channel + p * x_position
@@ -106,7 +106,8 @@ def layer_norm_silu_backward(
         normalise_positions_backward[(v.chunks, v.batch)](
             grad, v.x, weight.contiguous(), bias.contiguous(), grad_x, sums, v.channels, v.positions, v.steps,
             sums.stride(0), v.channel_stride, v.position_stride, eps,
-            CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+            CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, num_warps=v.warps,
+            **rounded_products(x),
         )  # fmt: skip
     grad_bias, grad_weight = sums.sum((1, 2)).to(x.dtype)
     return grad_x, grad_weight, grad_bias

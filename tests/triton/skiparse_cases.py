@@ -26,7 +26,7 @@ CASES = [
     (48, 1, "single", 0, False),  # dense, and full
     (64, 2, "group", 16, False),
     (64, 2, "group", 0, True),
-    (77, 2, "group", 17, True),  # padded: one run of tokens is longer than the others
+    (63, 2, "group", 17, True),  # padded: with it the tiles would be full
     (150, 3, "group", 0, False),  # a ratio that is no power of two
     (160, 3, "group", 5, True),
     (100, 4, "single", 0, False),
@@ -87,3 +87,16 @@ def test_one_run_per_tile_as_on_ascend(case, monkeypatch):
     groups = kernels.groups_of(arguments(case, F32, False)[0], case[1], "group", case[4], case[0])
     assert (groups.columns, groups.in_tile) == (2, 1)
     assert_close(case, F32, True)
+
+
+def test_tiles_and_queries_of_which_nothing_is_shown():
+    """The first tile of keys is hidden from everyone, and in the second sample everything."""
+    args = list(new_args(2, 64, 1, 8, 2, "single", 0, CPU, F32))
+    args[8] = torch.arange(64).expand(2, -1) >= torch.tensor([[40], [64]])
+    out, lse, *_ = ops.OPS["skiparse_attention_lse"](*args)
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+    assert not out[1].count_nonzero() and (lse[1] == -torch.inf).all()
+    q, k, v = (t.requires_grad_() for t in args[:3])
+    out, lse, *_ = ops.OPS["skiparse_attention_lse"](*args)
+    for grad in torch.autograd.grad(out.sum() + lse[0].sum(), (q, k, v)):
+        assert grad.isfinite().all() and grad[0].count_nonzero() and not grad[1].count_nonzero()

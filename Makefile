@@ -56,7 +56,7 @@ test-slow: setup $(VENV)/.ascend
 
 # docs/support_matrix.md, from the registry of ops and the results of these tests
 matrix: setup $(VENV)/.ascend
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --junitxml=build/tests.xml tests/ops tests/npu tests/triton tests/npu_kernels
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --junitxml=build/tests.xml tests/ops tests/npu tests/triton tests/npu_kernels
 	$(BIN)/python tests/support_matrix.py build/tests.xml
 
 # In an environment with torch_npu, on a machine with an Ascend device: see npu_kernels/on_device/README.md

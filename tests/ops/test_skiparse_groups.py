@@ -10,7 +10,7 @@ import torch
 from vidgen import ops
 
 OP = ops.OPS["skiparse_groups"]
-place = importlib.import_module("vidgen.ops.skiparse_groups").place
+place = importlib.import_module("vidgen.ops._backends.strided_copies").skiparse_groups
 CPU = torch.device("cpu")
 
 

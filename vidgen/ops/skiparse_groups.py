@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._checks import describe, require_device, require_floating, wide
 from ._draw import draw, strided
-from ._registry import Backend, Choose, Cost, Op
+from ._registry import Choose, Cost, Op
 from .skiparse_index import groups_to_tokens, require_pattern, skiparse_padded_length, tokens_to_groups
 
 SCHEMA = "skiparse_groups(Tensor x, Tensor? text, int sparse_n, str pattern) -> Tensor"
@@ -43,29 +43,6 @@ def fake(x: Tensor, text: Tensor | None, sparse_n: int, pattern: str) -> Tensor:
     if pattern == "single":
         return x.new_empty(batch, length, sparse_n, heads, dim).transpose(1, 2)
     return x.new_empty(batch, sparse_n, length, heads, dim)
-
-
-def place(x: Tensor, text: Tensor | None, sparse_n: int, pattern: str) -> Tensor:
-    """Every element copied once, to its place: for accelerators, whose strided copies run near the memory's speed."""
-    out, tokens = fake(x, text, sparse_n, pattern), x.shape[1]
-    padded = skiparse_padded_length(tokens, sparse_n)
-    places = padded // sparse_n
-    if text is not None:
-        out[:, :, places:].copy_(text.unsqueeze(1))
-    if pattern == "single":
-        rows = out.transpose(1, 2).flatten(1, 2)
-        rows[:, :tokens].copy_(x)
-        rows[:, tokens:padded].zero_()
-        return out
-    runs = out[:, :, :places].unflatten(2, (places // sparse_n, sparse_n)).transpose(1, 2)
-    square = sparse_n**2
-    whole = tokens // square
-    runs[:, :whole].copy_(x[:, : whole * square].unflatten(1, (whole, sparse_n, sparse_n)))
-    if whole * square < tokens:
-        last = x.new_zeros(x.shape[0], square, *x.shape[2:])
-        last[:, : tokens - whole * square].copy_(x[:, whole * square :])
-        runs[:, whole].copy_(last.unflatten(1, (sparse_n, sparse_n)))
-    return out
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,9 +113,6 @@ op = Op(
     backward=backward,
     native_refuses=lambda *args: None,  # the kernel only moves
 )
-
-for accelerator in ("cuda", "npu"):
-    op.add_backend(accelerator, Backend("strided_copies", place))
 
 
 def skiparse_groups(x: Tensor, *, sparse_n: int, pattern: str, text: Tensor | None = None) -> Tensor:

@@ -12,8 +12,8 @@ import importlib
 # Best first; PyTorch's own operators (composite) and the reference come last by themselves.
 CHAINS = {
     "cpu": ("triton",),  # in Triton's interpreter only: see ops/__init__.py
-    "cuda": ("cuda", "triton"),
-    "npu": ("ascendc", "npu", "triton"),
+    "cuda": ("cuda", "strided_copies", "triton"),
+    "npu": ("ascendc", "npu", "strided_copies", "triton"),
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target sets up what it needs in .venv; nothing outside this folder is touched.
-.PHONY: setup demo test test-slow matrix npu-report bench lint clean
+.PHONY: setup demo test test-slow test-device matrix npu-report bench lint clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -53,6 +53,10 @@ test: setup $(VENV)/.ascend
 
 test-slow: setup $(VENV)/.ascend
 	$(BIN)/python -m pytest -m slow
+
+# The battery of all ops on the device itself: make test-device DEVICE=cuda (TORCH=... in make setup for a PyTorch with it)
+test-device: setup
+	TEST_DEVICE=$(DEVICE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops/test_all_ops.py
 
 # docs/support_matrix.md, from the registry of ops and the results of these tests
 matrix: setup $(VENV)/.ascend

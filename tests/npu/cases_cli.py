@@ -26,63 +26,97 @@ TEXTS = {
     "opensora_v2": {"clip_projected": False},
     "cogvideox": {},
 }
-MODEL = ["--model.in_channels", "4", "--model.out_channels", "4"]  # the tiny autoencoders' latents have 4 channels
 STEPS = 2
 
 
 def train_resume_sample(system: str, folder: str) -> None:
     root = Path(folder)
+    recipe = prepare(system, "t2v_tiny", root)
+    with NpuEmulator(REFERENCE) as emulator:
+        train(recipe, root, "npu", "resumed", STEPS // 2)
+        train(recipe, root, "npu", "resumed", STEPS)
+        train(recipe, root, "npu", "whole", STEPS)
+        sample(root, "npu", "whole")
+    train(recipe, root, "cpu", "cpu", STEPS)
+    sample(root, "cpu", "cpu")
+    assert losses(root / "resumed") == losses(root / "whole") and len(losses(root / "whole")) == STEPS
+    assert_same(weights(root / "resumed"), weights(root / "whole"), 0)
+    assert_equal_runs(root, "whole", "cpu")
+    assert emulator.calls["npu::npu_fusion_attention"] and emulator.calls["npu::npu_fusion_attention_grad"]
+
+
+def image_to_video(system: str, folder: str) -> None:
+    root = Path(folder)
+    recipe = prepare(system, "i2v_tiny", root)
+    image = root / "image.png"
+    Image.radial_gradient("L").resize((48, 32)).convert("RGB").save(image)
+    with NpuEmulator(REFERENCE):
+        train(recipe, root, "npu", "npu", STEPS)
+        sample(root, "npu", "npu", "--image", str(image))
+    train(recipe, root, "cpu", "cpu", STEPS)
+    sample(root, "cpu", "cpu", "--image", str(image))
+    assert_equal_runs(root, "npu", "cpu")
+
+
+def autoencoder(folder: str) -> None:
+    root = Path(folder)
+    recipe = prepare("opensora_plan_v1_5", "wfvae_tiny", root)
+    clip = str(next((root / "clips").glob("*.mp4")))
+    size = ["--frames", "9", "--height", "32", "--width", "48"]
+
+    def reconstruct(device: str, run: str) -> None:
+        videos = ["--vae", str(root / run), "--output", str(root / f"{run}_videos"), "--device", device]
+        command(["reconstruct", clip, *videos, *size])
+
+    with NpuEmulator(REFERENCE):
+        train(recipe, root, "npu", "npu", STEPS)
+        reconstruct("npu", "npu")
+    train(recipe, root, "cpu", "cpu", STEPS)
+    reconstruct("cpu", "cpu")
+    assert_equal_runs(root, "npu", "cpu")
+
+
+def prepare(system: str, recipe: str, root: Path) -> list[str]:
+    """Write what the recipe needs; the recipe with changes, as words of the command line."""
     torch.manual_seed(0)
-    build_vae(system, "tiny").save_pretrained(root / "vae")
-    t5, clip = save_tiny_text_encoders(root / "text", t5_channels=64, clip_channels=64, **TEXTS[system])
     values = {
-        "vae": root / "vae",
-        "text.t5": t5,
-        "text.clip": clip,
-        "text.t5_max_length": 16,
         "data.path": demo.copy_clips(root / "clips"),
         "data.num_frames": 9,
         "data.height": 32,
         "data.width": 48,
         "training.batch_size": 2,
-        "training.checkpoint_every": 2,
-        "training.keep_checkpoints": 4,
+        "training.checkpoint_every": 1,
         "optimizer.eps": 1e-4,  # of a gradient far below it, which is rounding where the true one is 0, little matters
     }
-    recipe = [
-        str(CONFIGS / system / "t2v_tiny.yaml"),
-        *(word for k, v in values.items() for word in (f"--{k}", str(v))),
-    ]
-    recipe += MODEL if system.startswith("opensora_plan") else []
+    if recipe != "wfvae_tiny":
+        build_vae(system, "tiny").save_pretrained(root / "vae")
+        t5, clip = save_tiny_text_encoders(root / "text", t5_channels=64, clip_channels=64, **TEXTS[system])
+        values |= {"vae": root / "vae", "text.t5": t5, "text.clip": clip, "text.t5_max_length": 16}
+        if system.startswith("opensora_plan"):  # the tiny autoencoders' latents have 4 channels
+            values |= {"model.in_channels": 4, "model.out_channels": 4}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [str(CONFIGS / system / f"{recipe}.yaml"), *words]
 
-    def train(device: str, output: str, steps: int) -> None:
-        # each device has a cache of features of its own: to meet those of the other would hide the encoders
-        own = ["--device", device, "--output", str(root / output), "--data.cache", str(root / f"cache_{device}")]
-        command(["train", *recipe, *own, "--training.steps", str(steps)])
 
-    def sample(device: str, run: str) -> None:
-        size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--seed", "3"]
-        words = ["--model", str(root / run), "--prompt", "a man talks", "--output", str(root / f"{run}_videos")]
-        command(["sample", *words, *size, "--device", device])
+def train(recipe: list[str], root: Path, device: str, run: str, steps: int) -> None:
+    # each device has a cache of features of its own: to meet those of the other would hide the encoders
+    own = ["--device", device, "--output", str(root / run), "--data.cache", str(root / f"cache_{device}")]
+    command(["train", *recipe, *own, "--training.steps", str(steps)])
 
-    with NpuEmulator(REFERENCE) as emulator:
-        train("npu", "resumed", STEPS // 2)
-        train("npu", "resumed", STEPS)
-        train("npu", "whole", STEPS)
-        sample("npu", "whole")
-    train("cpu", "cpu", STEPS)
-    sample("cpu", "cpu")
 
-    assert losses(root / "resumed") == losses(root / "whole") and len(losses(root / "whole")) == STEPS
-    assert_same(weights(root / "resumed"), weights(root / "whole"), 0)
-    torch.testing.assert_close(losses(root / "whole"), losses(root / "cpu"), rtol=1e-5, atol=1e-5)
-    assert_same(weights(root / "whole"), weights(root / "cpu"), 1e-5)
+def sample(root: Path, device: str, run: str, *more: str) -> None:
+    size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--seed", "3", *more]
+    words = ["--model", str(root / run), "--prompt", "a man talks", "--output", str(root / f"{run}_videos")]
+    command(["sample", *words, *size, "--device", device])
+
+
+def assert_equal_runs(root: Path, npu: str, cpu: str) -> None:
+    report = json.loads((root / npu / "report.json").read_text())
+    assert report["finished"] and report["device"].startswith("npu (Ascend"), report
+    torch.testing.assert_close(losses(root / npu), losses(root / cpu), rtol=1e-5, atol=1e-5)
+    assert_same(weights(root / npu), weights(root / cpu), 1e-5)
     # colours are rounded to 256 steps
-    assert_same({"frames": frames(root / "whole_videos")}, {"frames": frames(root / "cpu_videos")}, 1)
-    for name in ("resumed", "whole"):
-        report = json.loads((root / name / "report.json").read_text())
-        assert report["finished"] and report["device"].startswith("npu (Ascend"), report
-    assert emulator.calls["npu::npu_fusion_attention"] and emulator.calls["npu::npu_fusion_attention_grad"]
+    assert_same({"frames": frames(root / f"{npu}_videos")}, {"frames": frames(root / f"{cpu}_videos")}, 1)
 
 
 def command(words: list[str]) -> None:

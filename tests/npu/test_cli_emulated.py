@@ -11,3 +11,12 @@ from .worker import Worker
 @pytest.mark.parametrize("system", ["opensora_plan_v1_3", "opensora_plan_v1_5", "opensora_v2", "cogvideox"])
 def test_train_resume_sample(npu: Worker, tmp_path: Path, system: str) -> None:
     npu.run("cases_cli.train_resume_sample", system=system, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("system", ["opensora_plan_v1_3", "opensora_v2", "cogvideox"])
+def test_image_to_video(npu: Worker, tmp_path: Path, system: str) -> None:
+    npu.run("cases_cli.image_to_video", system=system, folder=str(tmp_path))
+
+
+def test_autoencoder(npu: Worker, tmp_path: Path) -> None:
+    npu.run("cases_cli.autoencoder", folder=str(tmp_path))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -149,8 +148,7 @@ def head_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def rope_3d(x: Tensor, cos: Tensor, sin: Tensor, style: str, sections: Sequence[int] | None) -> Tensor:
-    absent: tuple[Any, ...] = (None, None, None, None)
-    return launch(x, None, None, *absent, None, 0.0, cos, sin, style, sections, 1)[0]
+    return launch(x, None, None, None, None, None, None, None, 0.0, cos, sin, style, sections, 1)[0]
 
 
 def qk_norm_rope(

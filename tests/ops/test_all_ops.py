@@ -20,6 +20,7 @@ DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 EXAMPLES = 60 if DEVICE.type == "cpu" else 15  # elsewhere every new shape may be compiled first
 if DEVICE.type == "cuda":
     torch.backends.cudnn.allow_tf32 = False  # else convolutions of float32 have the accuracy of 16 bits
+    torch.backends.cudnn.deterministic = True  # PyTorch's convolutions promise the same bits only where they are told
 ALL = list(ops.OPS.values())
 BACKENDS = ["default", "reference"]
 

@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODES = ("auto", "required", "off")
-LIBRARIES = "_C.*"  # vidgen/_C.<abi>.so and vidgen/_C.build.json
+LIBRARIES = ("_C.*", "_ascendc.*")  # vidgen/_C.<abi>.so and vidgen/_C.build.json; the same of the Ascend C kernels
 
 
 def say(text: str) -> None:
@@ -72,13 +72,15 @@ class CMakeBuild(build_ext):
         subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
         subprocess.run(["cmake", "--build", work], check=True)
         subprocess.run(["cmake", "--install", work, "--prefix", staged], check=True)
-        for old in package.glob(LIBRARIES):
-            old.unlink()
-        for built in staged.glob(LIBRARIES):
-            shutil.move(built, package / built.name)
+        for pattern in LIBRARIES:
+            if new := list(staged.glob(pattern)):  # Ascend C kernels built before stay where there is no CANN now
+                for old in package.glob(pattern):
+                    old.unlink()
+                for built in new:
+                    shutil.move(built, package / built.name)
 
     def get_outputs(self) -> list[str]:
-        return [str(p) for p in (Path(self.build_lib) / "vidgen").glob(LIBRARIES)]
+        return [str(p) for pattern in LIBRARIES for p in (Path(self.build_lib) / "vidgen").glob(pattern)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

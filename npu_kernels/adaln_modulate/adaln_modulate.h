@@ -10,17 +10,18 @@ namespace vidgen {
 template <typename T>
 class AdalnModulate {
  public:
-  __aicore__ inline void init(GM_ADDR x, const Modulation& modulation, GM_ADDR y, const AdalnModulateTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR x, const Modulation& modulation, GM_ADDR y,
+                              const AdalnModulateTiling& t) {
     t_ = t, modulation_ = modulation;
     const uint32_t row = lanes(t.channels);
     const uint64_t elements = elements_of(t.split, t.channels);
-    x_.init(pipe_, x, elements, t.buffers, row);
-    y_.init(pipe_, y, elements, t.buffers, row);
-    parameters_.init(pipe_, row);
-    pipe_.InitBuffer(rows_, 4 * row * sizeof(float));
+    x_.init(pipe, x, elements, t.buffers, row);
+    y_.init(pipe, y, elements, t.buffers, row);
+    parameters_.init(pipe, row);
+    pipe.InitBuffer(rows_, 4 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     row_ = all, scratch_ = all[row], gain_ = all[2 * row], offset_ = all[3 * row];
-    norm_.init(pipe_, t.channels, t.eps);
+    norm_.init(pipe, t.channels, t.eps);
   }
 
   __aicore__ inline void process() {
@@ -47,7 +48,6 @@ class AdalnModulate {
 
   AdalnModulateTiling t_;
   Modulation modulation_;
-  TPipe pipe_;
   RowIn<T> x_;
   RowOut<T> y_;
   Parameters<T> parameters_;

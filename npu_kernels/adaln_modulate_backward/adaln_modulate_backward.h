@@ -9,15 +9,15 @@ namespace vidgen {
 template <typename T>
 class AdalnModulateBackward {
  public:
-  __aicore__ inline void init(GM_ADDR grad, GM_ADDR x, const NormParameters& norm, GM_ADDR grad_x,
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR grad, GM_ADDR x, const NormParameters& norm, GM_ADDR grad_x,
                               const PartialSums& sums, const AdalnBackwardTiling& t) {
     t_ = t;
     const uint32_t row = lanes(t.channels);
     const uint64_t elements = elements_of(t.split, t.channels);
-    grad_.init(pipe_, grad, elements, t.buffers, row);
-    x_.init(pipe_, x, elements, t.buffers, row);
-    grad_x_.init(pipe_, grad_x, elements, t.buffers, row);
-    gradients_.init(pipe_, norm, sums, runs(t.split), t.channels, t.eps);
+    grad_.init(pipe, grad, elements, t.buffers, row);
+    x_.init(pipe, x, elements, t.buffers, row);
+    grad_x_.init(pipe, grad_x, elements, t.buffers, row);
+    gradients_.init(pipe, norm, sums, runs(t.split), t.channels, t.eps);
   }
 
   __aicore__ inline void process() {
@@ -42,7 +42,6 @@ class AdalnModulateBackward {
   }
 
   AdalnBackwardTiling t_;
-  TPipe pipe_;
   RowIn<T> grad_, x_;
   RowOut<T> grad_x_;
   AdalnGradients<T> gradients_;

@@ -5,8 +5,8 @@
 
 namespace vidgen {
 
-#ifdef __NPU_ARCH__
-#define VIDGEN_BOTH __aicore__ inline  // this file serves both sides: on the core's, functions are marked as the core's
+#ifdef __CCE__  // the Ascend C compiler: these functions are for both sides
+#define VIDGEN_BOTH inline[host, aicore]
 #else
 #define VIDGEN_BOTH inline
 #endif

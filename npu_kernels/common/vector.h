@@ -18,7 +18,7 @@ __aicore__ inline void fence() { PipeBarrier<PIPE_V>(); }
 
 // One after the other: what the scalar unit wrote to the unified buffer, then vector instructions.
 __aicore__ inline void vector_after_scalar() {
-  const event_t id = static_cast<event_t>(GetTPipePtr()->FetchEventID(HardEvent::S_V));
+  const int32_t id = GetTPipePtr()->FetchEventID(HardEvent::S_V);
   SetFlag<HardEvent::S_V>(id);
   WaitFlag<HardEvent::S_V>(id);
 }
@@ -69,29 +69,32 @@ __aicore__ inline GlobalTensor<T> global(GM_ADDR at, uint64_t elements) {
   return t;
 }
 
-// Calls instruction(offset, mask, repeats) so that `n` consecutive floats are covered.
-template <typename F>
-__aicore__ inline void by_repeats(uint32_t n, const F& instruction) {
-  const uint32_t whole = n / REPEAT;
-  for (uint32_t done = 0; done < whole; done += MAX_REPEATS) {
-    instruction(done * REPEAT, REPEAT, whole - done < MAX_REPEATS ? whole - done : MAX_REPEATS);
-  }
-  if (n % REPEAT != 0) instruction(whole * REPEAT, n % REPEAT, 1);
+// The next instruction of those that cover `left` consecutive floats.
+struct Piece {
+  uint32_t mask, repeats;
+};
+__aicore__ inline Piece next_piece(uint32_t left) {
+  if (left < REPEAT) return {left, 1};
+  return {REPEAT, left / REPEAT < MAX_REPEATS ? left / REPEAT : MAX_REPEATS};
 }
 
 // One value for a whole row, kept as a block of 8 equal floats. An instruction that reads it with strides of 0 needs no
 // trip to the scalar unit, which would stop the vector unit twice a row.
 __aicore__ inline void multiply_by_block(const LocalTensor<float>& to, const LocalTensor<float>& from,
                                          const LocalTensor<float>& block, uint32_t n) {
-  by_repeats(n, [&](uint32_t at, uint32_t mask, uint32_t repeats) {
-    Mul(to[at], from[at], block, mask, repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
-  });
+  for (uint32_t at = 0; at < n;) {
+    const Piece piece = next_piece(n - at);
+    Mul(to[at], from[at], block, piece.mask, piece.repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+    at += piece.mask * piece.repeats;
+  }
 }
 __aicore__ inline void subtract_block(const LocalTensor<float>& to, const LocalTensor<float>& from,
                                       const LocalTensor<float>& block, uint32_t n) {
-  by_repeats(n, [&](uint32_t at, uint32_t mask, uint32_t repeats) {
-    Sub(to[at], from[at], block, mask, repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
-  });
+  for (uint32_t at = 0; at < n;) {
+    const Piece piece = next_piece(n - at);
+    Sub(to[at], from[at], block, piece.mask, piece.repeats, BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+    at += piece.mask * piece.repeats;
+  }
 }
 
 }  // namespace vidgen

@@ -9,15 +9,16 @@ namespace vidgen {
 template <typename T>
 class GatedResidual {
  public:
-  __aicore__ inline void init(GM_ADDR x, GM_ADDR gate, GM_ADDR y, GM_ADDR out, const GatedResidualTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR x, GM_ADDR gate, GM_ADDR y, GM_ADDR out,
+                              const GatedResidualTiling& t) {
     t_ = t, gate_at_ = gate;
     const uint32_t row = lanes(t.columns);
     const uint64_t elements = elements_of(t.split, t.channels);
-    x_.init(pipe_, x, elements, 2, row);
-    y_.init(pipe_, y, elements, 2, row);
-    out_.init(pipe_, out, elements, 2, row);
-    parameters_.init(pipe_, row);
-    pipe_.InitBuffer(rows_, 3 * row * sizeof(float));
+    x_.init(pipe, x, elements, 2, row);
+    y_.init(pipe, y, elements, 2, row);
+    out_.init(pipe, out, elements, 2, row);
+    parameters_.init(pipe, row);
+    pipe.InitBuffer(rows_, 3 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     x_row_ = all, y_row_ = all[row], gate_ = all[2 * row];
   }
@@ -48,7 +49,6 @@ class GatedResidual {
   }
 
   GatedResidualTiling t_;
-  TPipe pipe_;
   RowIn<T> x_, y_;
   RowOut<T> out_;
   Parameters<T> parameters_;

@@ -10,20 +10,20 @@ namespace vidgen {
 template <typename T>
 class GatedResidualAdaln {
  public:
-  __aicore__ inline void init(GM_ADDR x, GM_ADDR gate, GM_ADDR y, const Modulation& modulation, GM_ADDR h,
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR x, GM_ADDR gate, GM_ADDR y, const Modulation& modulation, GM_ADDR h,
                               GM_ADDR modulated, const GatedResidualAdalnTiling& t) {
     t_ = t, modulation_ = modulation, gate_at_ = gate;
     const uint32_t row = lanes(t.channels);
     const uint64_t elements = elements_of(t.split, t.channels);
-    x_.init(pipe_, x, elements, t.buffers, row);
-    y_.init(pipe_, y, elements, t.buffers, row);
-    h_.init(pipe_, h, elements, t.buffers, row);
-    modulated_.init(pipe_, modulated, elements, t.buffers, row);
-    parameters_.init(pipe_, row);
-    pipe_.InitBuffer(rows_, 5 * row * sizeof(float));
+    x_.init(pipe, x, elements, t.buffers, row);
+    y_.init(pipe, y, elements, t.buffers, row);
+    h_.init(pipe, h, elements, t.buffers, row);
+    modulated_.init(pipe, modulated, elements, t.buffers, row);
+    parameters_.init(pipe, row);
+    pipe.InitBuffer(rows_, 5 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     row_ = all, scratch_ = all[row], gate_ = all[2 * row], gain_ = all[3 * row], offset_ = all[4 * row];
-    norm_.init(pipe_, t.channels, t.eps);
+    norm_.init(pipe, t.channels, t.eps);
   }
 
   __aicore__ inline void process() {
@@ -59,7 +59,6 @@ class GatedResidualAdaln {
 
   GatedResidualAdalnTiling t_;
   Modulation modulation_;
-  TPipe pipe_;
   RowIn<T> x_, y_;
   RowOut<T> h_, modulated_;
   Parameters<T> parameters_;

@@ -17,21 +17,21 @@ struct GatedInputs {
 template <typename T>
 class GatedResidualAdalnBackward {
  public:
-  __aicore__ inline void init(const GatedInputs& from, const NormParameters& norm, GM_ADDR grad_x, GM_ADDR grad_y,
-                              GM_ADDR sum_gate, const PartialSums& sums, const AdalnBackwardTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, const GatedInputs& from, const NormParameters& norm, GM_ADDR grad_x,
+                              GM_ADDR grad_y, GM_ADDR sum_gate, const PartialSums& sums, const AdalnBackwardTiling& t) {
     t_ = t, gate_at_ = from.gate, sum_gate_at_ = sum_gate;
     const uint32_t row = lanes(t.channels);
     const uint64_t elements = elements_of(t.split, t.channels);
-    grad_h_.init(pipe_, from.grad_h, elements, t.buffers, row);
-    grad_modulated_.init(pipe_, from.grad_modulated, elements, t.buffers, row);
-    h_.init(pipe_, from.h, elements, t.buffers, row);
+    grad_h_.init(pipe, from.grad_h, elements, t.buffers, row);
+    grad_modulated_.init(pipe, from.grad_modulated, elements, t.buffers, row);
+    h_.init(pipe, from.h, elements, t.buffers, row);
     y_ = global<T>(from.y, elements);
-    grad_x_.init(pipe_, grad_x, elements, t.buffers, row);
-    grad_y_.init(pipe_, grad_y, elements, t.buffers, row);
-    pipe_.InitBuffer(rows_, 2 * row * sizeof(float));
+    grad_x_.init(pipe, grad_x, elements, t.buffers, row);
+    grad_y_.init(pipe, grad_y, elements, t.buffers, row);
+    pipe.InitBuffer(rows_, 2 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     gate_ = all, sum_gate_ = all[row];
-    gradients_.init(pipe_, norm, sums, runs(t.split), t.channels, t.eps);
+    gradients_.init(pipe, norm, sums, runs(t.split), t.channels, t.eps);
   }
 
   __aicore__ inline void process() {
@@ -73,7 +73,6 @@ class GatedResidualAdalnBackward {
   }
 
   AdalnBackwardTiling t_;
-  TPipe pipe_;
   RowIn<T> grad_h_, grad_modulated_, h_;
   RowOut<T> grad_x_, grad_y_;
   TBuf<TPosition::VECCALC> rows_;

@@ -9,17 +9,17 @@ namespace vidgen {
 template <typename T>
 class GatedResidualBackward {
  public:
-  __aicore__ inline void init(GM_ADDR grad, GM_ADDR gate, GM_ADDR y, GM_ADDR grad_y, GM_ADDR partials,
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR grad, GM_ADDR gate, GM_ADDR y, GM_ADDR grad_y, GM_ADDR partials,
                               const GatedResidualTiling& t) {
     t_ = t, gate_at_ = gate;
     const uint32_t row = lanes(t.columns);
     const uint64_t elements = elements_of(t.split, t.channels);
-    grad_.init(pipe_, grad, elements, 2, row);
-    y_.init(pipe_, y, elements, 2, row);
-    grad_y_.init(pipe_, grad_y, elements, 2, row);
-    partials_.init(pipe_, partials, uint64_t(runs(t.split)) * t.channels, 1, row);
-    parameters_.init(pipe_, row);
-    pipe_.InitBuffer(rows_, 4 * row * sizeof(float));
+    grad_.init(pipe, grad, elements, 2, row);
+    y_.init(pipe, y, elements, 2, row);
+    grad_y_.init(pipe, grad_y, elements, 2, row);
+    partials_.init(pipe, partials, uint64_t(runs(t.split)) * t.channels, 1, row);
+    parameters_.init(pipe, row);
+    pipe.InitBuffer(rows_, 4 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     grad_row_ = all, y_row_ = all[row], gate_ = all[2 * row], sum_ = all[3 * row];
   }
@@ -55,7 +55,6 @@ class GatedResidualBackward {
   }
 
   GatedResidualTiling t_;
-  TPipe pipe_;
   RowIn<T> grad_, y_;
   RowOut<T> grad_y_;
   RowOut<float> partials_;

@@ -14,15 +14,15 @@ namespace vidgen {
 template <typename T>
 class Haar3d {
  public:
-  __aicore__ inline void init(GM_ADDR x, GM_ADDR y, const HaarTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR x, GM_ADDR y, const HaarTiling& t) {
     t_ = t, pitch_ = pitch(t), plane_ = t.tile_rows * pitch_;
     const uint64_t video = uint64_t(t.batch) * t.channels * t.video_frames * 4 * t.height * t.width;
     x_ = global<T>(x, video);
     y_ = global<T>(y, uint64_t(t.batch) * t.channels * 8 * t.frames * t.height * t.width);
-    pipe_.InitBuffer(in_, 2, 4 * plane_ * sizeof(T));
-    pipe_.InitBuffer(out_, 2, plane_ * sizeof(T));
-    pipe_.InitBuffer(planes_, (3 * 4 + 7) * plane_ * sizeof(float));
-    pipe_.InitBuffer(offsets_, plane_ * sizeof(int32_t));
+    pipe.InitBuffer(in_, 2, 4 * plane_ * sizeof(T));
+    pipe.InitBuffer(out_, 2, plane_ * sizeof(T));
+    pipe.InitBuffer(planes_, (3 * 4 + 7) * plane_ * sizeof(float));
+    pipe.InitBuffer(offsets_, plane_ * sizeof(int32_t));
     auto all = planes_.template Get<float>();
     for (uint32_t i = 0; i < 3; ++i) image_[i] = all[4 * i * plane_];
     for (uint32_t i = 0; i < 7; ++i) quarter_[i] = all[(12 + i) * plane_];
@@ -48,7 +48,9 @@ class Haar3d {
   // Bytes from the start of a frame's tile to the pixel of each output element: every second of every second row.
   __aicore__ inline void write_offsets() {
     auto offsets = offsets_.template Get<int32_t>();
-    for (uint32_t c = 0; c < pitch_; ++c) offsets.SetValue(c, 2 * c * sizeof(float));
+    for (uint32_t c = 0; c < pitch_; ++c) {
+      offsets.SetValue(c, static_cast<int32_t>(2 * c * sizeof(float)));
+    }
     vector_after_scalar();
     for (uint32_t r = 1; r < t_.tile_rows; ++r) {
       Adds(offsets[r * pitch_], offsets, static_cast<int32_t>(r * 2 * 2 * pitch_ * sizeof(float)),
@@ -106,7 +108,6 @@ class Haar3d {
 
   HaarTiling t_;
   uint32_t pitch_, plane_;
-  TPipe pipe_;
   TQue<TPosition::VECIN, 2> in_;
   TQue<TPosition::VECOUT, 1> out_;
   TBuf<TPosition::VECCALC> planes_, offsets_;

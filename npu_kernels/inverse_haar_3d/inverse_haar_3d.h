@@ -11,14 +11,14 @@ namespace vidgen {
 template <typename T>
 class InverseHaar3d {
  public:
-  __aicore__ inline void init(GM_ADDR y, GM_ADDR x, const HaarTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR y, GM_ADDR x, const HaarTiling& t) {
     t_ = t, pitch_ = pitch(t), plane_ = t.tile_rows * pitch_;
     y_ = global<T>(y, uint64_t(t.batch) * t.channels * 8 * t.frames * t.height * t.width);
     x_ = global<T>(x, uint64_t(t.batch) * t.channels * t.video_frames * 4 * t.height * t.width);
-    pipe_.InitBuffer(in_, 2, plane_ * sizeof(T));
-    pipe_.InitBuffer(out_, 2, 4 * plane_ * sizeof(T));
-    pipe_.InitBuffer(planes_, (16 + 4) * plane_ * sizeof(float));
-    pipe_.InitBuffer(offsets_, 4 * plane_ * sizeof(int32_t));
+    pipe.InitBuffer(in_, 2, plane_ * sizeof(T));
+    pipe.InitBuffer(out_, 2, 4 * plane_ * sizeof(T));
+    pipe.InitBuffer(planes_, (16 + 4) * plane_ * sizeof(float));
+    pipe.InitBuffer(offsets_, 4 * plane_ * sizeof(int32_t));
     auto all = planes_.template Get<float>();
     bands_ = all, other_ = all[8 * plane_], image_ = all[16 * plane_];
     write_offsets();
@@ -46,7 +46,8 @@ class InverseHaar3d {
     auto offsets = offsets_.template Get<int32_t>();
     for (uint32_t row = 0; row < 2; ++row) {
       for (uint32_t c = 0; c < 2 * pitch_; ++c) {
-        offsets.SetValue(row * 2 * pitch_ + c, ((2 * row + c % 2) * plane_ + c / 2) * sizeof(float));
+        offsets.SetValue(row * 2 * pitch_ + c,
+                         static_cast<int32_t>(((2 * row + c % 2) * plane_ + c / 2) * sizeof(float)));
       }
     }
     vector_after_scalar();
@@ -91,7 +92,6 @@ class InverseHaar3d {
 
   HaarTiling t_;
   uint32_t pitch_, plane_;
-  TPipe pipe_;
   TQue<TPosition::VECIN, 1> in_;
   TQue<TPosition::VECOUT, 1> out_;
   TBuf<TPosition::VECCALC> planes_, offsets_;

@@ -11,22 +11,22 @@ namespace vidgen {
 template <typename T>
 class QkNormRope {
  public:
-  __aicore__ inline void init(GM_ADDR x, GM_ADDR weight, GM_ADDR bias, GM_ADDR cos, GM_ADDR sin, GM_ADDR y,
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR x, GM_ADDR weight, GM_ADDR bias, GM_ADDR cos, GM_ADDR sin, GM_ADDR y,
                               const QkNormRopeTiling& t) {
     t_ = t, pitch_ = pitch(t), has_weight_ = weight != nullptr, has_bias_ = bias != nullptr;
     const uint32_t tile = t.tile_heads * pitch_;
     x_ = global<T>(x, (t.split.samples - 1) * t.batch_stride + uint64_t(t.tokens - 1) * t.token_stride +
                           uint64_t(t.heads) * t.head_dim);
     y_ = global<T>(y, uint64_t(t.split.samples) * t.padded * t.heads * t.head_dim);
-    pipe_.InitBuffer(in_, 2, tile * sizeof(T));
-    pipe_.InitBuffer(out_, 2, tile * sizeof(T));
-    pipe_.InitBuffer(tiles_, 2 * tile * sizeof(float));
-    pipe_.InitBuffer(rows_, 2 * pitch_ * sizeof(float));
+    pipe.InitBuffer(in_, 2, tile * sizeof(T));
+    pipe.InitBuffer(out_, 2, tile * sizeof(T));
+    pipe.InitBuffer(tiles_, 2 * tile * sizeof(float));
+    pipe.InitBuffer(rows_, 2 * pitch_ * sizeof(float));
     values_ = tiles_.template Get<float>(), scratch_ = values_[tile];
     weight_ = rows_.template Get<float>(), bias_ = weight_[pitch_];
-    parameters_.init(pipe_, pitch_);
-    norm_.init(pipe_, t);
-    rotation_.init(pipe_, cos, sin, t, 1.0f);
+    parameters_.init(pipe, pitch_);
+    norm_.init(pipe, t);
+    rotation_.init(pipe, cos, sin, t, 1.0f);
     if (has_weight_) parameters_.read(weight_, weight, 0, t.head_dim);
     if (has_bias_) parameters_.read(bias_, bias, 0, t.head_dim);
   }
@@ -80,7 +80,6 @@ class QkNormRope {
   QkNormRopeTiling t_;
   uint32_t pitch_;
   bool has_weight_, has_bias_;
-  TPipe pipe_;
   TQue<TPosition::VECIN, 1> in_;
   TQue<TPosition::VECOUT, 1> out_;
   TBuf<TPosition::VECCALC> tiles_, rows_;

@@ -97,11 +97,13 @@ class Rotation {
     auto pairs = pair_offsets();
     for (uint32_t i = 0; i < t_.head_dim; ++i) {
       const Channel channel = channel_of(t_, i);
-      partners.SetValue(i, channel.partner * sizeof(float));
-      pairs.SetValue(i, channel.pair * sizeof(float));
+      partners.SetValue(i, static_cast<int32_t>(channel.partner * sizeof(float)));
+      pairs.SetValue(i, static_cast<int32_t>(channel.pair * sizeof(float)));
       sign_.SetValue(i, channel.first ? -direction : direction);
     }
-    for (uint32_t i = t_.head_dim; i < pitch_; ++i) partners.SetValue(i, i * sizeof(float));
+    for (uint32_t i = t_.head_dim; i < pitch_; ++i) {
+      partners.SetValue(i, static_cast<int32_t>(i * sizeof(float)));
+    }
     vector_after_scalar();
     for (uint32_t r = 1; r < t_.tile_heads; ++r) {
       Adds(partners[r * pitch_], partners, static_cast<int32_t>(r * pitch_ * sizeof(float)),

@@ -11,28 +11,28 @@ namespace vidgen {
 template <typename T>
 class QkNormRopeBackward {
  public:
-  __aicore__ inline void init(GM_ADDR grad, GM_ADDR x, GM_ADDR weight, GM_ADDR cos, GM_ADDR sin, GM_ADDR grad_x,
-                              GM_ADDR sum_weight, GM_ADDR sum_bias, const QkNormRopeTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR grad, GM_ADDR x, GM_ADDR weight, GM_ADDR cos, GM_ADDR sin,
+                              GM_ADDR grad_x, GM_ADDR sum_weight, GM_ADDR sum_bias, const QkNormRopeTiling& t) {
     t_ = t, pitch_ = pitch(t), has_weight_ = weight != nullptr;
     const uint32_t tile = t.tile_heads * pitch_;
     const uint64_t token = uint64_t(t.heads) * t.head_dim;
     grad_ = global<T>(grad, uint64_t(t.split.samples) * t.padded * token);
     x_ = global<T>(x, (t.split.samples - 1) * t.batch_stride + uint64_t(t.tokens - 1) * t.token_stride + token);
     grad_x_ = global<T>(grad_x, uint64_t(t.split.samples) * t.tokens * token);
-    pipe_.InitBuffer(grad_in_, 2, tile * sizeof(T));
-    pipe_.InitBuffer(x_in_, 2, tile * sizeof(T));
-    pipe_.InitBuffer(out_, 2, tile * sizeof(T));
-    pipe_.InitBuffer(tiles_, 5 * tile * sizeof(float));
-    pipe_.InitBuffer(row_, 2 * pitch_ * sizeof(float));
+    pipe.InitBuffer(grad_in_, 2, tile * sizeof(T));
+    pipe.InitBuffer(x_in_, 2, tile * sizeof(T));
+    pipe.InitBuffer(out_, 2, tile * sizeof(T));
+    pipe.InitBuffer(tiles_, 5 * tile * sizeof(float));
+    pipe.InitBuffer(row_, 2 * pitch_ * sizeof(float));
     auto all = tiles_.template Get<float>();
     values_ = all, inner_ = all[tile], scratch_ = all[2 * tile], sum_weight_ = all[3 * tile], sum_bias_ = all[4 * tile];
     weight_ = row_.template Get<float>();
-    parameters_.init(pipe_, pitch_);
+    parameters_.init(pipe, pitch_);
     const uint64_t sums = uint64_t(runs(t.split)) * t.head_dim;
     sum_weight_at_ = global<float>(sum_weight, sums), sum_bias_at_ = global<float>(sum_bias, sums);
-    sums_out_.init(pipe_, sum_weight, sums, 1, pitch_);
-    norm_.init(pipe_, t);
-    rotation_.init(pipe_, cos, sin, t, -1.0f);
+    sums_out_.init(pipe, sum_weight, sums, 1, pitch_);
+    norm_.init(pipe, t);
+    rotation_.init(pipe, cos, sin, t, -1.0f);
     if (has_weight_) parameters_.read(weight_, weight, 0, t.head_dim);
   }
 
@@ -116,7 +116,6 @@ class QkNormRopeBackward {
   QkNormRopeTiling t_;
   uint32_t pitch_;
   bool has_weight_;
-  TPipe pipe_;
   TQue<TPosition::VECIN, 1> grad_in_, x_in_;
   TQue<TPosition::VECOUT, 1> out_;
   TBuf<TPosition::VECCALC> tiles_, row_;

@@ -10,12 +10,12 @@ namespace vidgen {
 template <typename T>
 class SumPartials {
  public:
-  __aicore__ inline void init(GM_ADDR partials, GM_ADDR sums, const SumPartialsTiling& t) {
+  __aicore__ inline void init(TPipe& pipe, GM_ADDR partials, GM_ADDR sums, const SumPartialsTiling& t) {
     t_ = t;
     const uint32_t row = lanes(t.columns);
-    partials_.init(pipe_, partials, uint64_t(t.outer) * t.parts * t.width, 2, row);
-    sums_.init(pipe_, sums, uint64_t(t.outer) * t.width, 1, row);
-    pipe_.InitBuffer(rows_, 2 * row * sizeof(float));
+    partials_.init(pipe, partials, uint64_t(t.outer) * t.parts * t.width, 2, row);
+    sums_.init(pipe, sums, uint64_t(t.outer) * t.width, 1, row);
+    pipe.InitBuffer(rows_, 2 * row * sizeof(float));
     auto all = rows_.template Get<float>();
     sum_ = all, next_ = all[row];
   }
@@ -45,7 +45,6 @@ class SumPartials {
   }
 
   SumPartialsTiling t_;
-  TPipe pipe_;
   RowIn<float> partials_;
   RowOut<T> sums_;
   TBuf<TPosition::VECCALC> rows_;

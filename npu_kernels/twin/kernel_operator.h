@@ -22,7 +22,6 @@
 #define GM_ADDR uint8_t*
 
 enum pipe_t { PIPE_S, PIPE_V, PIPE_MTE2, PIPE_MTE3, PIPE_ALL };
-enum event_t : int {};
 
 namespace AscendC {
 
@@ -265,10 +264,6 @@ class TPipe {
     twin::fail("FetchEventID: no event id is left");
   }
 };
-inline TPipe* GetTPipePtr() {
-  static TPipe pipe;
-  return &pipe;
-}
 
 // Order
 
@@ -298,5 +293,10 @@ void PipeBarrier() {
 }
 
 }  // namespace AscendC
+
+inline AscendC::TPipe* GetTPipePtr() {
+  static AscendC::TPipe pipe;
+  return &pipe;
+}
 
 #include "instructions.h"

@@ -32,7 +32,7 @@ def load(library: str) -> None:
 
 
 def samples_equal(library: str, name: str, dtype: str) -> dict[str, Any]:
-    """Results and gradients of every sample that the kernels take; returns calls of theirs by operator, and refusals."""
+    """Results and gradients of every sample that the kernels take; returns their calls and refusals."""
     load(library)
     op, kind = ops.OPS[name], getattr(torch, dtype)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[kind]

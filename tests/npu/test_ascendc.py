@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Ascend C kernels' operators on tensors of device npu (rung 6).
 
-Host code that is compiled against the headers of torch_npu and runs under its dispatch key; the kernels behind it in the
-CPU twin; values and gradients of the ops equal the reference.
+Host code that is compiled against the headers of torch_npu and runs under its dispatch key, the kernels behind it in
+the CPU twin; values and gradients of the ops equal the reference.
 """
 
 from collections.abc import Iterator

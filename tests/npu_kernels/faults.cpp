@@ -230,8 +230,9 @@ extern "C" const char* wrong_tiling(const char* what) {
   for (auto v : {&x, &shift, &scale}) twin::share(v->data(), v->size() * sizeof(float), twin::Role::input);
   twin::share(y.data(), y.size() * sizeof(float), twin::Role::output);
   return run(4, [&] {
+    TPipe pipe;
     vidgen::AdalnModulate<float> kernel;
-    kernel.init(bytes(x), {bytes(shift), bytes(scale), nullptr, nullptr, channels, channels}, bytes(y), t);
+    kernel.init(pipe, bytes(x), {bytes(shift), bytes(scale), nullptr, nullptr, channels, channels}, bytes(y), t);
     kernel.process();
     if (wrong == "twice") kernel.process();
   });

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vidgen import cli, demo
+from vidgen import cli, demo, environment
 from vidgen.models.text import save_tiny_text_encoders
 
 from .emulator import NpuEmulator
@@ -76,6 +78,31 @@ def autoencoder(folder: str) -> None:
     assert_equal_runs(root, "npu", "cpu")
 
 
+def bfloat16(system: str, folder: str) -> None:
+    """In bfloat16, recomputing activations, with the profiler: the first loss is about the CPU's."""
+    root = Path(folder)
+    recipe = prepare(system, "t2v_tiny", root)
+    options = ["--training.precision", "bf16", "--training.activation_checkpointing", "true"]
+    with NpuEmulator(REFERENCE):
+        train([*recipe, *options], root, "npu", "npu", 3, "--profile", "1")
+    train([*recipe, *options], root, "cpu", "cpu", 1)
+    torch.testing.assert_close(losses(root / "npu")[:1], losses(root / "cpu"), rtol=2e-2, atol=0)
+    summary = json.loads((root / "npu" / "profile" / "summary.json").read_text())
+    assert summary["flops_per_step"] > 1e6 and summary["device"].startswith("npu (Ascend"), summary
+
+
+def environment_report() -> None:
+    printed = io.StringIO()
+    with NpuEmulator(REFERENCE), contextlib.redirect_stdout(printed):
+        command(["env"])
+        facts = environment.report()
+    lines = printed.getvalue().splitlines()
+    (device,) = (line for line in lines if line.startswith("device npu"))
+    assert device.split()[2] == "yes;" and device.endswith("hccl"), device
+    assert any("stand-in libraries compute nothing" in line for line in lines), lines  # nobody is to be deceived
+    assert facts["ops"]["attention"][("npu", "npu_torch")] is None, facts["ops"]["attention"]
+
+
 def prepare(system: str, recipe: str, root: Path) -> list[str]:
     """Write what the recipe needs; the recipe with changes, as words of the command line."""
     torch.manual_seed(0)
@@ -98,10 +125,10 @@ def prepare(system: str, recipe: str, root: Path) -> list[str]:
     return [str(CONFIGS / system / f"{recipe}.yaml"), *words]
 
 
-def train(recipe: list[str], root: Path, device: str, run: str, steps: int) -> None:
+def train(recipe: list[str], root: Path, device: str, run: str, steps: int, *more: str) -> None:
     # each device has a cache of features of its own: to meet those of the other would hide the encoders
     own = ["--device", device, "--output", str(root / run), "--data.cache", str(root / f"cache_{device}")]
-    command(["train", *recipe, *own, "--training.steps", str(steps)])
+    command(["train", *recipe, *own, "--training.steps", str(steps), *more])
 
 
 def sample(root: Path, device: str, run: str, *more: str) -> None:

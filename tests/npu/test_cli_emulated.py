@@ -20,3 +20,12 @@ def test_image_to_video(npu: Worker, tmp_path: Path, system: str) -> None:
 
 def test_autoencoder(npu: Worker, tmp_path: Path) -> None:
     npu.run("cases_cli.autoencoder", folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("system", ["opensora_plan_v1_5", "cogvideox"])
+def test_bfloat16_with_the_profiler(npu: Worker, tmp_path: Path, system: str) -> None:
+    npu.run("cases_cli.bfloat16", system=system, folder=str(tmp_path))
+
+
+def test_environment_report(npu: Worker) -> None:
+    npu.run("cases_cli.environment_report")

@@ -69,7 +69,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         *seen,
         new_args(2, 6, 1, 4, 1, "group", 3, device, dtype, mask=first_and_some(2, 6), text_mask=first_and_some(2, 3)),
         new_args(2, 5, 2, 4, 2, "single", 3, device, dtype, mask=first_and_some(2, 5), text_mask=first_and_some(2, 3)),
-        new_args(1, 37, 1, 5, 2, "single", 17, device, dtype, mask=first_and_some(1, 37)),
+        new_args(1, 19, 1, 3, 1, "single", 17, device, dtype, mask=first_and_some(1, 19)),
     ]
 
 

@@ -32,6 +32,7 @@ CANDIDATES = {
     "tile": (TILES, (1024, 2048, 4096, 8192, 16384)),
     "volume_tile": (VOLUMES, (4096, 8192, 16384, 32768)),
     "head_tile": (HEADS, (1024, 2048, 4096, 8192)),
+    "run_tile": (HEADS, (512, 1024, 2048, 4096)),
     "warp_elements": ((*ROWS, *ROWS_BACKWARD, *TILES, *VOLUMES, *HEADS), (128, 256, 512, 1024)),
 }
 

@@ -123,8 +123,7 @@ def cut(x: Tensor, style: str | None, sections: Sequence[int] | None, sparse_n: 
     tuning = TUNING[x.device.type]
     # As many heads as divide them all, so that no lane is idle; but not too few.
     heads_block = min(power_of_2(heads), 16, max(4, heads & -heads))
-    # Runs of the group layout lie apart, each in few rows: smaller blocks of them are faster.
-    tile = tuning.head_tile // (power_of_2(sparse_n) * 2) if sparse_n > 1 else tuning.head_tile
+    tile = tuning.run_tile // power_of_2(sparse_n) if sparse_n > 1 else tuning.head_tile
     while heads_block > 1 and heads_block * channels > tile:
         heads_block //= 2
     run = sparse_n if sparse_n > 1 else max(1, min(16, tile // (heads_block * channels)))

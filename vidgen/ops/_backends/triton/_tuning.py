@@ -52,7 +52,44 @@ def power_of_2_warps(wanted: int) -> int:
 
 
 TUNING = {
-    "cuda": Tuning(16384, 4, 192 * 1024, 1, 512, 4096, 8192, 2048, 1024, 1024, 512),
-    "npu": Tuning(4096, 1, 64 * 1024, 64, 40, 4096, 4096, 4096, 4096, 512, 512),
-    "cpu": Tuning(16384, 2, 64 * 1024, 2, 3, 256, 256, 64, 32, 512, 512),  # the interpreter: small, so that tests cross every boundary
+    "cuda": Tuning(
+        max_channels=16384,
+        stages=4,
+        buffer_bytes=192 * 1024,
+        forward_rows=1,
+        backward_programs=512,
+        tile=4096,
+        volume_tile=8192,
+        head_tile=2048,
+        run_tile=1024,
+        row_warp_elements=1024,
+        warp_elements=512,
+    ),
+    "npu": Tuning(
+        max_channels=4096,
+        stages=1,
+        buffer_bytes=64 * 1024,
+        forward_rows=64,
+        backward_programs=40,
+        tile=4096,
+        volume_tile=4096,
+        head_tile=4096,
+        run_tile=4096,
+        row_warp_elements=512,
+        warp_elements=512,
+    ),
+    # the interpreter: small, so that tests cross every boundary
+    "cpu": Tuning(
+        max_channels=16384,
+        stages=2,
+        buffer_bytes=64 * 1024,
+        forward_rows=2,
+        backward_programs=3,
+        tile=256,
+        volume_tile=256,
+        head_tile=64,
+        run_tile=32,
+        row_warp_elements=512,
+        warp_elements=512,
+    ),
 }

@@ -146,8 +146,19 @@ def test_a_backend_that_refuses_everything_is_a_no(monkeypatch):
     monkeypatch.setitem(op.backends, "cpu", [Backend("lazy", op.reference)])
     facts = environment.report()
     assert facts["ops"]["haar_2d"]["cpu", "lazy"] is None
-    assert facts["ops"]["haar_3d"]["cpu", "lazy"].startswith("no such kernel; ")
+    assert facts["ops"]["haar_3d"]["cpu", "lazy"].startswith("no such implementation; ")
     assert "lazy" in environment.text(facts)
+
+
+def test_a_device_that_fails_does_not_end_the_report(monkeypatch):
+    def fail(device, dtype):
+        raise RuntimeError("no kernel image\nCompile with ...")
+
+    monkeypatch.setattr(ops.OPS["haar_2d"], "samples", fail)
+    row = environment.report()["ops"]["haar_2d"]
+    if ops.native_status is None:
+        assert row["cpu", "cpu_cpp"] == "the device fails: no kernel image"
+    assert row["any", "reference"] is None
 
 
 def test_processes_on_cpus_talk_through_gloo():

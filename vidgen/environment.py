@@ -19,6 +19,7 @@ PACKAGES = (
     *("matplotlib", "megatron-core", "mindspeed"),
 )
 NATIVE = "cpu_cpp"  # the compiled kernels, which may be missing
+ABSENT = "no such implementation"
 PLAIN = ("composite", "reference")  # implementations in PyTorch's own operators, on every device
 
 
@@ -139,11 +140,11 @@ def _why_not(op: str, kind: str, name: str) -> str | None:
     """Why this op has no such implementation here, or None where it has one."""
     found = {b.name: b for b in ops.OPS[op].candidates(kind if kind != "any" else "cpu")}
     if name in PLAIN:
-        return None if name in found else "not a composite: it has kernels or its reference"
+        return None if name in found else f"{ABSENT}: it has kernels or its reference"
     if name not in found:
         if name == NATIVE and ops.native_status is not None and "composite" not in found:
             return f"the compiled kernels are not loaded: {ops.native_status}"
-        return f"no such kernel; {next(iter(found))} runs"
+        return f"{ABSENT}; {next(iter(found))} runs"
     if (reason := devices.why_not(kind)) is not None:
         return f"there is a kernel, but {reason}"
     return _refusal(ops.OPS[op], found[name], kind)
@@ -153,7 +154,11 @@ def _refusal(op: Any, backend: Any, kind: str) -> str | None:
     """The reason of a backend that takes none of the op's samples, such as a library that is missing."""
     reasons = []
     for dtype in (torch.bfloat16, torch.float32):
-        for args in op.samples(torch.device(kind), dtype):
+        try:
+            samples = op.samples(torch.device(kind), dtype)
+        except RuntimeError as error:  # a driver that does not fit: what this report is there to find
+            return f"the device fails: {str(error).splitlines()[0]}"
+        for args in samples:
             reasons.append(backend.refuse(*args))
             if reasons[-1] is None:
                 return None
@@ -186,11 +191,15 @@ def _table(rows: dict[str, dict[tuple[str, str], str | None]]) -> list[str]:
     for name, row in rows.items():
         cells = []
         for head in heads:
-            if (reason := row[head]) is not None and reason not in reasons:
+            reason = row[head]
+            absent = reason is not None and reason.startswith(ABSENT)
+            if reason is not None and not absent and reason not in reasons:
                 reasons.append(reason)
-            cells.append(f"  {'yes' if reason is None else f'no [{reasons.index(reason) + 1}]':>{widths[head]}}")
+            cell = "yes" if reason is None else "-" if absent else f"no [{reasons.index(reason) + 1}]"
+            cells.append(f"  {cell:>{widths[head]}}")
         lines.append(f"{name:{left}}" + "".join(cells))
-    return [*lines, "", *(f"[{number}] {reason}" for number, reason in enumerate(reasons, 1))]
+    notes = [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+    return [*lines, "", "- there is no such implementation of this op", *notes]
 
 
 def as_json(facts: dict[str, Any]) -> dict[str, Any]:

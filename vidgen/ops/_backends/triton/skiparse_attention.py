@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,6 +143,49 @@ def as_bytes(mask: Tensor | None, q: Tensor) -> Tensor:
     return q if mask is None else mask.contiguous().view(torch.uint8)
 
 
+def length(text: Tensor | None) -> int:
+    return 0 if text is None else text.shape[1]
+
+
+class Inputs(NamedTuple):
+    """What is attended to and by whom; the elements of each head side by side."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text_q: Tensor | None
+    text_k: Tensor | None
+    text_v: Tensor | None
+    mask: Tensor | None
+    text_mask: Tensor | None
+
+    def keys(self) -> dict[str, Any]:
+        """All about keys and values that a kernel with tiles of queries takes."""
+        text_k, text_v = (self.q if t is None else t for t in (self.text_k, self.text_v))
+        return {
+            "k": self.k, "v": self.v, "text_k": text_k, "text_v": text_v,
+            **strides(k=self.k, v=self.v, text_k=text_k, text_v=text_v),
+            "mask": as_bytes(self.mask, self.q), "text_mask": as_bytes(self.text_mask, self.q),
+            "text": length(self.text_k), "HAS_TEXT": self.text_k is not None,
+            "HAS_MASK": self.mask is not None, "HAS_TEXT_MASK": self.text_mask is not None,
+        }  # fmt: skip
+
+
+def inputs_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> Inputs:
+    q, k, v = (rows_side_by_side(t) for t in (q, k, v))
+    text_q, text_k, text_v = (None if t is None else rows_side_by_side(t) for t in (text_q, text_k, text_v))
+    return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask)
+
+
 def skiparse_attention_lse(
     q: Tensor,
     k: Tensor,
@@ -161,42 +204,38 @@ def skiparse_attention_lse(
     out, lse, text_out, text_lse = with_lse.fake(  # type: ignore[misc]
         q, k, v, sparse_n, pattern, text_q, text_k, text_v, mask, text_mask, scale, grouped, num_tokens
     )
-    q, k, v = (rows_side_by_side(t) for t in (q, k, v))
-    groups, text = groups_of(q, sparse_n, pattern, grouped, num_tokens), 0 if text_k is None else text_k.shape[1]
-    text_k, text_v = (q if t is None else rows_side_by_side(t) for t in (text_k, text_v))
-    cut = tiles(q, "forward")
-    keys = fit(cut.keys, groups.rows)
-    shared = {
-        "k": k, "v": v, "text_k": text_k, "text_v": text_v,
-        "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q),
-        **strides(k=k, v=v, text_k=text_k, text_v=text_v), "text": text, "scale": softmax_scale(q, scale),
-        "EVEN": groups.even(keys), "HAS_TEXT": text > 0,
-        "HAS_MASK": mask is not None, "HAS_TEXT_MASK": text_mask is not None,
-    }  # fmt: skip
-    queries = fit(cut.queries, groups.rows)
+    inputs = inputs_of(q, k, v, text_q, text_k, text_v, mask, text_mask)
+    q, text_q = inputs.q, inputs.text_q
+    groups, cut = groups_of(q, sparse_n, pattern, grouped, num_tokens), tiles(q, "forward")
+    keys, queries = fit(cut.keys, groups.rows), fit(cut.queries, groups.rows)
+    shared = {**inputs.keys(), "scale": softmax_scale(q, scale), "EVEN": groups.even(keys)}
     number = groups.columns * blocks(groups.rows, queries)
-    run(skiparse_forward, groups, number, cut, queries, keys, q=q, out=out, lse=lse, **strides(q=q), **shared,
+    run(skiparse_forward, groups, number, cut, queries, keys, **shared, q=q, out=out, lse=lse, **strides(q=q),
         text_queries=0, OF_TEXT=False)  # fmt: skip
     if text_q is not None:
-        text_q = rows_side_by_side(text_q)
-        queries = fit(cut.queries, text)
-        run(skiparse_forward, groups, blocks(text, queries), cut, queries, keys, q=text_q, out=text_out, lse=text_lse,
-            **strides(q=text_q), **shared, text_queries=text, OF_TEXT=True)  # fmt: skip
+        queries = fit(cut.queries, length(text_q))
+        run(skiparse_forward, groups, blocks(length(text_q), queries), cut, queries, keys, **shared, q=text_q,
+            out=text_out, lse=text_lse, **strides(q=text_q), text_queries=length(text_q), OF_TEXT=True)  # fmt: skip
     return out, lse, text_out, text_lse
+
+
+def delta_rows(dim: int) -> int:
+    """Of one program."""
+    return max(16, 4096 // max(16, power_of_2(dim)))
 
 
 def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor) -> Tensor:
     """grad and out ``(..., length, heads, head_dim)``, contiguous; grad_lse ``(..., heads, length)``."""
-    *samples, length, heads, dim = out.shape
+    *samples, rows, heads, dim = out.shape
     delta = torch.empty_like(grad_lse, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return delta
     block_d = max(16, power_of_2(dim))
-    block = min(max(16, 4096 // block_d), max(16, power_of_2(length)))
-    number = blocks(length, block)
+    block = min(delta_rows(dim), max(16, power_of_2(rows)))
+    number = blocks(rows, block)
     with on_device_of(out):
         skiparse_delta[(number * heads * torch.Size(samples).numel(),)](
-            grad, out, grad_lse.contiguous(), delta, length, heads, number, D=dim, BLOCK_D=block_d, BLOCK_M=block
+            grad, out, grad_lse.contiguous(), delta, rows, heads, number, D=dim, BLOCK_D=block_d, BLOCK_M=block
         )
     return delta
 
@@ -225,65 +264,75 @@ def skiparse_attention_lse_backward(
     text_lse: Tensor,
 ) -> tuple[Tensor, ...]:
     grad, grad_text, out, text_out = (t.contiguous() for t in (grad, grad_text, out, text_out))
-    lse, text_lse = lse.contiguous(), text_lse.contiguous()
-    q, k, v = (rows_side_by_side(t) for t in (q, k, v))
     groups = groups_of(q, sparse_n, pattern, grouped, num_tokens)
-    batch, places, heads, dim = q.shape
-    # In the group layout the rows of the padding belong to no token.
-    new = torch.zeros if grouped and places != num_tokens else torch.empty
-    grad_q, grad_k, grad_v = (new(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
-    text = 0 if text_k is None else text_k.shape[1]
-    text_queries = 0 if text_q is None else text
-    tk, tv, tq = (q if t is None else rows_side_by_side(t) for t in (text_k, text_v, text_q))
-    shared = {
-        "lse": lse, "grad": grad, "delta": delta_of(grad, out, grad_lse), "text": text, "places": places,
-        "scale": softmax_scale(q, scale), "HAS_MASK": mask is not None,
-    }  # fmt: skip
-    of_text = {"lse": text_lse, "grad": grad_text, "delta": delta_of(grad_text, text_out, grad_text_lse)}
+    inputs = inputs_of(q, k, v, text_q, text_k, text_v, mask, text_mask)
+    of_tokens = {"grad": grad, "lse": lse.contiguous(), "delta": delta_of(grad, out, grad_lse)}
+    of_text = {"grad": grad_text, "lse": text_lse.contiguous(), "delta": delta_of(grad_text, text_out, grad_text_lse)}
+    grad_k, grad_v, grad_text_k, grad_text_v = gradients_of_keys(groups, inputs, scale, of_tokens, of_text)
+    grad_q, grad_text_q = gradients_of_queries(groups, inputs, scale, of_tokens, of_text)
+    return grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v
 
-    def parts() -> Tensor:
-        """What each group adds to a gradient of the text."""
-        return torch.empty(batch, sparse_n, text, heads, dim, dtype=wide(q).dtype, device=q.device)
 
-    # Tiles of keys
+def new_gradient(groups: Groups, x: Tensor) -> Tensor:
+    """In the group layout no token's gradient fills the rows of the padding."""
+    new = torch.empty if x.shape[1] == groups.tokens else torch.zeros
+    return new(x.shape, dtype=x.dtype, device=x.device)
+
+
+def parts_of(groups: Groups, text: Tensor) -> Tensor:
+    """What each group adds to a gradient of the text."""
+    batch, *rest = text.shape
+    return torch.empty(batch, groups.sparse_n, *rest, dtype=wide(text).dtype, device=text.device)
+
+
+def gradients_of_keys(
+    groups: Groups, inputs: Inputs, scale: float | None, of_tokens: dict[str, Tensor], of_text: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of k, v and the text's; a program has a tile of keys and visits the queries of its group."""
+    q, k, v, text_q, text_k, text_v, mask, text_mask = inputs
     cut = tiles(q, "grad_keys")
-    queries = fit(cut.queries, groups.rows)
-    options = {
-        **shared, "q": q, "text_q": tq, **strides(q=q, text_q=tq), "text_queries": text_queries,
-        **{f"text_{name}": t for name, t in of_text.items() if name != "grad"}, "grad_text": grad_text,
-        "EVEN": groups.even(queries), "HAS_TEXT": text_queries > 0,
+    queries, keys = fit(cut.queries, groups.rows), fit(cut.keys, groups.rows)
+    seen_by = q if text_q is None else text_q
+    shared = {
+        **of_tokens, **{f"text_{name}": t for name, t in of_text.items() if name != "grad"},
+        "grad_text": of_text["grad"], "q": q, "text_q": seen_by, **strides(q=q, text_q=seen_by),
+        "text_queries": length(text_q), "text": length(text_k), "places": q.shape[1],
+        "scale": softmax_scale(q, scale), "EVEN": groups.even(queries), "HAS_TEXT": text_q is not None,
     }  # fmt: skip
-    keys = fit(cut.keys, groups.rows)
+    grad_k, grad_v = new_gradient(groups, k), new_gradient(groups, v)
     number = groups.columns * blocks(groups.rows, keys)
-    run(skiparse_grad_keys, groups, number, cut, queries, keys, k=k, v=v, mask=as_bytes(mask, q), grad_k=grad_k,
-        grad_v=grad_v, **strides(k=k, v=v), **options, OF_TEXT=False)  # fmt: skip
-    grad_tk = grad_tv = grad_tq = q.new_empty(0)
-    if text:
-        part_k, part_v = parts(), parts()
-        keys, options["HAS_MASK"] = fit(cut.keys, text), text_mask is not None
-        run(skiparse_grad_keys, groups, blocks(text, keys), cut, queries, keys, k=tk, v=tv,
-            mask=as_bytes(text_mask, q), grad_k=part_k, grad_v=part_v, **strides(k=tk, v=tv), **options,
-            OF_TEXT=True)  # fmt: skip
-        grad_tk, grad_tv = (t.sum(1).to(q.dtype) for t in (part_k, part_v))
+    run(skiparse_grad_keys, groups, number, cut, queries, keys, **shared, k=k, v=v, mask=as_bytes(mask, q),
+        grad_k=grad_k, grad_v=grad_v, **strides(k=k, v=v), HAS_MASK=mask is not None, OF_TEXT=False)  # fmt: skip
+    if text_k is None or text_v is None:
+        return grad_k, grad_v, q.new_empty(0), q.new_empty(0)
+    part_k, part_v = parts_of(groups, text_k), parts_of(groups, text_v)
+    keys = fit(cut.keys, length(text_k))
+    run(skiparse_grad_keys, groups, blocks(length(text_k), keys), cut, queries, keys, **shared, k=text_k, v=text_v,
+        mask=as_bytes(text_mask, q), grad_k=part_k, grad_v=part_v, **strides(k=text_k, v=text_v),
+        HAS_MASK=text_mask is not None, OF_TEXT=True)  # fmt: skip
+    return grad_k, grad_v, part_k.sum(1).to(q.dtype), part_v.sum(1).to(q.dtype)
 
-    # Tiles of queries
+
+def gradients_of_queries(
+    groups: Groups, inputs: Inputs, scale: float | None, of_tokens: dict[str, Tensor], of_text: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of q and the text's; a program has a tile of queries and visits the keys of its group."""
+    q, text_q = inputs.q, inputs.text_q
     cut = tiles(q, "grad_queries")
-    keys = fit(cut.keys, groups.rows)
-    options = {
-        **shared, "k": k, "v": v, "text_k": tk, "text_v": tv, **strides(k=k, v=v, text_k=tk, text_v=tv),
-        "mask": as_bytes(mask, q), "text_mask": as_bytes(text_mask, q), "HAS_TEXT": text > 0,
-        "HAS_TEXT_MASK": text_mask is not None, "EVEN": groups.even(keys),
+    keys, queries = fit(cut.keys, groups.rows), fit(cut.queries, groups.rows)
+    shared = {
+        **inputs.keys(), "places": q.shape[1], "scale": softmax_scale(q, scale), "EVEN": groups.even(keys),
     }  # fmt: skip
-    queries = fit(cut.queries, groups.rows)
+    grad_q = new_gradient(groups, q)
     number = groups.columns * blocks(groups.rows, queries)
-    run(skiparse_grad_queries, groups, number, cut, queries, keys, q=q, grad_q=grad_q, **strides(q=q), **options,
-        text_queries=0, OF_TEXT=False)  # fmt: skip
-    if text_queries:
-        part_q, queries = parts(), fit(cut.queries, text)
-        run(skiparse_grad_queries, groups, blocks(text, queries), cut, queries, keys, q=tq, grad_q=part_q,
-            **strides(q=tq), **{**options, **of_text}, text_queries=text, OF_TEXT=True)  # fmt: skip
-        grad_tq = part_q.sum(1).to(q.dtype)
-    return grad_q, grad_k, grad_v, grad_tq, grad_tk, grad_tv
+    run(skiparse_grad_queries, groups, number, cut, queries, keys, **shared, **of_tokens, q=q, grad_q=grad_q,
+        **strides(q=q), text_queries=0, OF_TEXT=False)  # fmt: skip
+    if text_q is None:
+        return grad_q, q.new_empty(0)
+    part_q, queries = parts_of(groups, text_q), fit(cut.queries, length(text_q))
+    run(skiparse_grad_queries, groups, blocks(length(text_q), queries), cut, queries, keys, **shared, **of_text,
+        q=text_q, grad_q=part_q, **strides(q=text_q), text_queries=length(text_q), OF_TEXT=True)  # fmt: skip
+    return grad_q, part_q.sum(1).to(q.dtype)
 
 
 def skiparse_attention(*args: Any) -> list[Tensor]:
@@ -303,8 +352,7 @@ def skiparse_attention_lse_refuses(*args: Any) -> str | None:
     step = max(groups.place_row, groups.token_row) * max(t.stride(1) for t in (q, k, v))
     if step * MOST_ROWS >= 2**31:
         return f"the rows of a group lie {step} elements apart"
-    text = 0 if text_k is None else text_k.shape[1]
-    if q.device.type == "npu" and (number := most_programs(groups, text)) > MOST_PROGRAMS:
+    if q.device.type == "npu" and (number := most_programs(groups, length(text_k))) > MOST_PROGRAMS:
         return f"it would take {number} programs, and Ascend launches at most {MOST_PROGRAMS}"
     return None
 
@@ -314,7 +362,8 @@ def most_programs(groups: Groups, text: int) -> int:
     cuts = [tiles(groups.q, kernel) for kernel in ("forward", "grad_keys", "grad_queries")]
     least = min(min(cut.queries, cut.keys) for cut in cuts)
     number = max(groups.columns * blocks(groups.rows, fit(least, groups.rows)), blocks(text, least))
-    return groups.programs(number)[0]
+    batch, tokens, heads, dim = groups.q.shape
+    return max(groups.programs(number)[0], batch * heads * blocks(tokens, delta_rows(dim)))
 
 
 def skiparse_attention_lse_backward_refuses(*args: Any) -> str | None:

@@ -32,7 +32,7 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 	$(PIP) --no-deps megatron-core==0.16.1 || echo "megatron-core cannot be had here; the test of an example is skipped"
 	@touch $@
 
-SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
+SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null) $(wildcard npu_kernels/CMakeLists.txt $(foreach kind,cpp h asc,npu_kernels/*.$(kind) npu_kernels/*/*.$(kind)))
 $(VENV)/.kernels: $(VENV)/.dependencies $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
@@ -74,7 +74,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.asc')
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vidgen/_C.*
+	rm -rf $(VENV) build dist *.egg-info vidgen/_C.* vidgen/_ascendc.*

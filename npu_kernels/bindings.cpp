@@ -48,6 +48,7 @@ struct Workspaces {
 
 Tensor adaln_modulate_op(const Tensor& x, const Tensor& shift, const Tensor& scale, const Optional& weight,
                          const Optional& bias, double eps) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   const Tensor y = like(x);
   AdalnModulateTiling t;
@@ -61,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_backward_op(co
                                                                               const Tensor& scale,
                                                                               const Optional& weight,
                                                                               const Optional& bias, double eps) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   const Tensor grad_x = like(x);
   AdalnBackwardTiling t;
@@ -73,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_backward_op(co
 }
 
 Tensor gated_residual_op(const Tensor& x, const Tensor& gate, const Tensor& y) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   const Tensor result = like(x);
   GatedResidualTiling t;
@@ -83,6 +86,7 @@ Tensor gated_residual_op(const Tensor& x, const Tensor& gate, const Tensor& y) {
 }
 
 std::tuple<Tensor, Tensor> gated_residual_backward_op(const Tensor& grad, const Tensor& gate, const Tensor& y) {
+  const c10::DeviceGuard guard(y.device());
   const Launch to = launch_on(y);
   const Tensor grad_y = like(y);
   GatedResidualTiling t;
@@ -96,6 +100,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward_op(const Tensor& grad, const 
 std::tuple<Tensor, Tensor> gated_residual_adaln_op(const Tensor& x, const Tensor& gate, const Tensor& y,
                                                    const Tensor& shift, const Tensor& scale, const Optional& weight,
                                                    const Optional& bias, double eps) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   const Tensor h = like(x), modulated = like(x);
   GatedResidualAdalnTiling t;
@@ -110,6 +115,7 @@ std::tuple<Tensor, Tensor> gated_residual_adaln_op(const Tensor& x, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward_op(
     const Tensor& grad_h, const Tensor& grad_modulated, const Tensor& h, const Tensor& gate, const Tensor& y,
     const Tensor& scale, const Optional& weight, const Optional& bias, double eps) {
+  const c10::DeviceGuard guard(h.device());
   const Launch to = launch_on(h);
   const Tensor grad_x = like(h), grad_y = like(h);
   AdalnBackwardTiling t;
@@ -129,6 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residua
 }
 
 Tensor haar_3d_op(const Tensor& x, double filter_constant, bool repeat_first_frame) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   HaarTiling t{uint32_t(x.size(0)),
                uint32_t(x.size(1)),
@@ -146,6 +153,7 @@ Tensor haar_3d_op(const Tensor& x, double filter_constant, bool repeat_first_fra
 }
 
 Tensor inverse_haar_3d_op(const Tensor& y, double filter_constant, bool drop_first_frame) {
+  const c10::DeviceGuard guard(y.device());
   const Launch to = launch_on(y);
   HaarTiling t{uint32_t(y.size(0)),
                uint32_t(y.size(1) / 8),
@@ -187,6 +195,7 @@ QkNormRopeTiling head_tiling(const Tensor& x, const std::string& norm, double ep
 Tensor qk_norm_rope_op(const Tensor& x, const Optional& weight, const Optional& bias, std::string norm, double eps,
                        const Optional& cos, const Optional& sin, std::string style, at::OptionalIntArrayRef sections,
                        int64_t sparse_n) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   QkNormRopeTiling t = head_tiling(x, norm, eps, cos, style, sections, sparse_n);
   require_fit(tile(t, to.type, false, x.size(0), to.cores), "qk_norm_rope", x);
@@ -199,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward_op(const Tensor& grad, 
                                                             std::string norm, double eps, const Optional& cos,
                                                             const Optional& sin, std::string style,
                                                             at::OptionalIntArrayRef sections, int64_t sparse_n) {
+  const c10::DeviceGuard guard(x.device());
   const Launch to = launch_on(x);
   QkNormRopeTiling t = head_tiling(x, norm, eps, cos, style, sections, sparse_n);
   require_fit(tile(t, to.type, true, x.size(0), to.cores), "qk_norm_rope_backward", x);

@@ -2,6 +2,7 @@
 // PyTorch tensors as kernels take them.
 #pragma once
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "launch.h"
 #ifdef VIDGEN_TWIN
@@ -24,7 +25,9 @@ inline Float float_type(at::ScalarType type) {
 inline Launch launch_on(const at::Tensor& x) {
   void* stream = nullptr;
 #ifdef VIDGEN_TORCH_NPU
-  stream = c10_npu::getCurrentNPUStream().stream(false);
+  // Waits until torch_npu's own queue has launched what it holds. With stream(false) a kernel could overtake the
+  // operators that make its inputs, as they are launched later than they are called.
+  stream = c10_npu::getCurrentNPUStream().stream();
 #endif
   return {float_type(x.scalar_type()), vector_cores(), stream};
 }

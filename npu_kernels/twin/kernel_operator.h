@@ -163,14 +163,16 @@ class TQue {
   static constexpr bool in = POSITION == TPosition::VECIN;
   static constexpr twin::Pipe source = in ? twin::MTE2 : twin::V, sink = in ? twin::V : twin::MTE3;
   struct Slot {
-    uint8_t* at;
+    uint8_t* at = nullptr;
     twin::Clock filled, freed = twin::Clock(twin::PIPES, 0);
+    bool waits = false;  // an event says when the tensor is free, until it is allocated again
   };
 
  public:
   void init(uint8_t count, uint32_t bytes) {
     bytes_ = bytes;
-    for (int i = 0; i < count; ++i) slots_.push_back({take(bytes), {}});
+    slots_.resize(count);
+    for (auto& slot : slots_) slot.at = take(bytes);
     states_ = std::make_shared<twin::Queue>();
     states_->states.assign(count, FREE);
     twin::core->queues.push_back(states_);
@@ -183,6 +185,8 @@ class TQue {
       next_ = i + 1;
       states_->states[i] = FILLING;
       twin::join(twin::core->known[source], slots_[i].freed);
+      if (slots_[i].waits) --twin::core->in_flight[2 + in];
+      slots_[i].waits = false;
       std::memset(slots_[i].at, 0xff, bytes_);
       return LocalTensor<T>(slots_[i].at, bytes_);
     }
@@ -213,6 +217,8 @@ class TQue {
     const size_t i = slot(t, IN_USE, "FreeTensor");
     states_->states[i] = FREE;
     slots_[i].freed = twin::snapshot(sink);
+    slots_[i].waits = true;
+    twin::check(++twin::core->in_flight[2 + in] <= twin::EVENT_IDS, "FreeTensor: no event id is left");
   }
 
  private:

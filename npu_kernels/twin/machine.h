@@ -52,7 +52,7 @@ struct Core {
   uint64_t issued[PIPES] = {};
   std::vector<Clock> known = std::vector<Clock>(PIPES, Clock(PIPES, 0));
   std::map<std::pair<int, int>, Clock> flags;  // (event, id) -> what the setting pipe knew
-  std::map<int, int> in_flight;                // event -> flags that queues hold
+  std::map<int, int> in_flight;                // events that queues hold: of tensors on their way, and freed ones
   std::vector<std::shared_ptr<Queue>> queues;
 
   Core() : buffer(static_cast<uint8_t*>(std::aligned_alloc(512, TWIN_UB_BYTES))) {}

@@ -180,6 +180,17 @@ const std::map<std::string, Body> FAULTS = {
        k.a.SetValue(0, 1.0f);
        Adds(k.b, k.a, 1.0f, 1);
      }},
+    {"too many events",
+     [](Kernel& k) {
+       TQue<TPosition::VECIN, 1> many;
+       k.pipe.InitBuffer(many, 9, 32);
+       for (int i = 0; i < 9; ++i) {
+         auto t = many.AllocTensor<float>();
+         many.EnQue(t);
+         t = many.DeQue<float>();
+         many.FreeTensor(t);
+       }
+     }},
     {"flag nobody waits for", [](Kernel& k) { right(k), SetFlag<HardEvent::V_S>(0); }},
     {"flag nobody sets", [](Kernel&) { WaitFlag<HardEvent::V_S>(0); }},
     {"flag set twice", [](Kernel&) { SetFlag<HardEvent::V_S>(0), SetFlag<HardEvent::V_S>(0); }},

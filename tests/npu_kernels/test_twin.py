@@ -44,6 +44,7 @@ SAID = {
     "vector after vector": "Add on pipe V follows a write on V",
     "scalar after vector": "GetValue on pipe S follows a write on V",
     "vector after scalar": "Adds on pipe V follows a write on S",
+    "too many events": "no event id is left",
     "flag nobody waits for": "a flag that nobody waited for",
     "flag nobody sets": "nothing sets the flag",
     "flag set twice": "set already",

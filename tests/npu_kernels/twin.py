@@ -32,12 +32,14 @@ def alone() -> Iterator[None]:
 def build(target: str) -> Path:
     """CMake's target of that name as a library; made again only where its sources changed."""
     tools = Path(sys.executable).parent
+    options = ["-DVIDGEN_TWIN=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    if environment.why_not("torch_npu") is None:
+        options.append(f"-DVIDGEN_TORCH_NPU={environment.VENV / 'torch_npu'}")
     with alone():
-        if not (BUILD / "build.ninja").exists():
-            options = ["-DVIDGEN_TWIN=ON", "-DCMAKE_BUILD_TYPE=None", f"-DPython_EXECUTABLE={sys.executable}"]
-            if environment.why_not("torch_npu") is None:
-                options.append(f"-DVIDGEN_TORCH_NPU={environment.VENV / 'torch_npu'}")
+        configured = BUILD / "configured"  # with which options
+        if not configured.exists() or configured.read_text() != str(options):
             run([str(tools / "cmake"), "-S", str(SOURCES), "-B", str(BUILD), "-G", "Ninja", *options])
+            configured.write_text(str(options))
         run([str(tools / "ninja"), "-C", str(BUILD), "-j", os.environ.get("JOBS", "2"), target])
     return BUILD / f"{target}.so"
 

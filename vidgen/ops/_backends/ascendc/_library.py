@@ -26,7 +26,10 @@ def find() -> str | None:
         # Loading a library of another PyTorch can end the process.
         status = f"{BUILT.name} is built for torch {built}, this is torch {torch.__version__}"
     else:
-        load(BUILT)
+        try:
+            load(BUILT)
+        except OSError as error:
+            status = f"{BUILT.name} cannot be loaded: {error}"
     return status
 
 

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ..._registry import refuse_dtype
+from ._tuning import TUNING
+
+REDUCTIONS = 32 * 1024  # bytes of a program's shared memory that are left to what kernels themselves need of it
 
 
 def power_of_2(n: int) -> int:
@@ -26,6 +31,21 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     return getattr(torch, x.device.type).device(x.device)
+
+
+def stages(x: Tensor, elements: int) -> int:
+    """How many steps' loads, of ``elements`` of ``x``'s dtype each, a program has in flight."""
+    wanted = TUNING[x.device.type].stages
+    if x.device.type != "cuda":
+        return wanted
+    room = shared_memory(x.device.index or 0) - REDUCTIONS
+    return max(1, min(wanted, room // (elements * x.element_size())))
+
+
+@functools.cache
+def shared_memory(index: int) -> int:
+    """Bytes that one program may have on this GPU."""
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def rounded_products(x: Tensor) -> dict[str, bool]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rounded_products, rows_side_by_side
+from ._launch import blocks, on_device_of, power_of_2, refuse_common, rounded_products, rows_side_by_side, stages
 from ._tuning import TUNING
 
 
@@ -304,7 +304,7 @@ def launch_backward(
             HAS_BIAS=bias is not None,
             BLOCK=block,
             **rounded_products(x),
-            STAGES=tuning.stages_of((4 if gated else 2) * block * x.element_size()),
+            STAGES=stages(x, (4 if gated else 2) * block),
             num_warps=tuning.row_warps(block),
         )
     totals = sums.sum(2)  # (kind, batch, channels)

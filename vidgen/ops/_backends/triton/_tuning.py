@@ -12,7 +12,7 @@ class Tuning:
 
     Args:
         max_channels: longest row that one program holds as a whole.
-        stages: blocks that a program which goes through many has in flight, if these fit into ``buffer_bytes``.
+        stages: blocks that a program which goes through many has in flight, if there is memory for them.
         forward_rows: rows of one program of a row-wise kernel.
         backward_programs: programs per sample of a kernel that sums over the sequence; each leaves a partial sum.
         tile: elements of one block of a kernel that goes element by element.
@@ -25,7 +25,6 @@ class Tuning:
 
     max_channels: int
     stages: int
-    buffer_bytes: int
     forward_rows: int
     backward_programs: int
     tile: int
@@ -34,10 +33,6 @@ class Tuning:
     run_tile: int
     row_warp_elements: int
     warp_elements: int
-
-    def stages_of(self, bytes_in_flight: int) -> int:
-        """``bytes_in_flight``: of all the blocks that are loaded in one step."""
-        return max(1, min(self.stages, self.buffer_bytes // bytes_in_flight))
 
     def row_warps(self, elements: int) -> int:
         return power_of_2_warps(elements // self.row_warp_elements)
@@ -55,7 +50,6 @@ TUNING = {
     "cuda": Tuning(
         max_channels=16384,
         stages=4,
-        buffer_bytes=192 * 1024,
         forward_rows=1,
         backward_programs=512,
         tile=4096,
@@ -68,7 +62,6 @@ TUNING = {
     "npu": Tuning(
         max_channels=4096,
         stages=1,
-        buffer_bytes=64 * 1024,
         forward_rows=64,
         backward_programs=40,
         tile=4096,
@@ -82,7 +75,6 @@ TUNING = {
     "cpu": Tuning(
         max_channels=16384,
         stages=2,
-        buffer_bytes=64 * 1024,
         forward_rows=2,
         backward_programs=3,
         tile=256,

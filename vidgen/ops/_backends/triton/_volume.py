@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._norm_silu import empty_like, like_format
-from ._launch import blocks, power_of_2
+from ._launch import blocks, power_of_2, stages
 from ._tuning import TUNING
 
 CHUNKS = 1024  # at most, of a sample: programs that leave a partial result, which another kernel has to read
@@ -51,8 +51,7 @@ class Volume:
 
     @property
     def stages(self) -> int:
-        block = self.channels_block * self.positions_block
-        return TUNING[self.x.device.type].stages_of(2 * block * self.x.element_size())
+        return stages(self.x, 2 * self.channels_block * self.positions_block)
 
     @property
     def chunks(self) -> int:

@@ -64,7 +64,7 @@ def run(name: str, rank: int, ranks: int) -> dict[str, Any]:
 def main(rank: int, ranks: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(minutes=5)
     )
     print(json.dumps({name: run(name, rank, ranks) for name in CASES}))
     dist.destroy_process_group()

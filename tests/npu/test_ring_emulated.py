@@ -7,39 +7,47 @@ The messages are gloo's: nothing is said about Ascend's own communication.
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
-
-import pytest
 
 from . import environment
 from .conftest import need
 
 RANKS = 2
-RINGS = ["ring", "ring of unequal shards", "ring with masks and text", "single-skip ring with text", "group-skip ring"]
+RINGS = {"ring", "ring of unequal shards", "ring with masks and text", "single-skip ring with text", "group-skip ring"}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found, by case."""
+def test_processes_equal_one(tmp_path: Path) -> None:
     need("torch_npu")
-    store = tmp_path_factory.mktemp("store") / "file"
     command = [sys.executable, "-m", "tests.npu.ranks"]
     processes = [
-        subprocess.Popen([*command, str(rank), str(RANKS), str(store)], env=environment.torch_npu(), stdout=-1)
+        subprocess.Popen(
+            [*command, str(rank), str(RANKS), str(tmp_path / "store")],
+            env=environment.torch_npu(),
+            stdout=subprocess.PIPE,
+        )
         for rank in range(RANKS)
     ]
-    answers = [process.communicate(timeout=180)[0] for process in processes]
+    answers = [process.communicate(timeout=600)[0] for process in processes]
     assert not any(process.returncode for process in processes), "a rank failed; what it said is in the output"
-    return [json.loads(answer) for answer in answers]
+    problems = []
+    for rank, answer in enumerate(answers):
+        found = json.loads(answer)
+        assert found.keys() == RINGS | {"ulysses", "ulysses with text"}
+        problems += [f"{name}, rank {rank}: {problem}" for name, case in found.items() for problem in check(name, case)]
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("name", [*RINGS, "ulysses", "ulysses with text"])
-def test_processes_equal_one(found: list[dict[str, Any]], name: str) -> None:
-    for rank, cases in enumerate(found):
-        errors, calls = cases[name]["errors"], cases[name]["npu"]
-        wrong = {what: error for what, error in errors.items() if not error <= 1e-5}
-        assert errors and not wrong, f"rank {rank}: {wrong}"
-        assert calls["npu::npu_fusion_attention"] and calls["npu::npu_fusion_attention_grad"]
-        if name in RINGS:
-            # the text is one more part
-            assert calls["npu::npu_ring_attention_update"] == (RANKS if "text" in name else RANKS - 1), calls
+def check(name: str, case: dict[str, Any]) -> list[str]:
+    calls, errors = case["npu"], case["errors"]
+    problems = [f"error of {what} is {error}" for what, error in errors.items() if not error <= 1e-5]
+    if not {"out", "grad of q", "grad of k", "grad of v"} <= errors.keys():
+        problems.append(f"only {sorted(errors)} were compared")
+    parts = RANKS + ("text" in name) if name in RINGS else 1
+    merges = calls.get("npu::npu_ring_attention_update", 0)
+    if (
+        merges != parts - 1
+        or not calls["npu::npu_fusion_attention"] == calls["npu::npu_fusion_attention_grad"] == parts
+    ):
+        problems.append(f"expected {parts} parts, got {calls}")
+    return problems

@@ -14,7 +14,7 @@ import traceback
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 class Worker:

@@ -22,7 +22,7 @@ VIDGEN_BOTH constexpr uint32_t adaln_backward_bytes(uint32_t channels, Float typ
 
 inline bool tile(AdalnBackwardTiling& t, Float type, bool gated, uint32_t samples, uint32_t rows, uint32_t channels,
                  uint32_t cores, uint32_t ub_bytes = UB_BYTES) {
-  t.split = split_rows(samples, rows, cores);
+  t.split = split_rows(samples, rows, cores, MOST_SUMMED);
   t.channels = channels;
   for (t.buffers = 2; t.buffers > 0; --t.buffers) {
     if (adaln_backward_bytes(channels, type, gated, t.buffers) <= ub_bytes) return true;

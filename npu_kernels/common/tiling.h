@@ -31,14 +31,20 @@ struct RowSplit {
   uint32_t samples, rows, parts, rows_per_part;
 };
 
-// The least number of parts with which every core gets the same number of runs.
-inline RowSplit split_rows(uint32_t samples, uint32_t rows, uint32_t cores) {
+// A float sum that grows by one row after the other loses accuracy with its length. Kernels that sum over rows take
+// runs of at most so many, and sum_partials adds its rows in groups.
+constexpr uint32_t MOST_SUMMED = 64, GROUP_SUMMED = 32;
+
+// The least number of parts with which every core gets the same number of runs, of at most `most_rows` rows.
+inline RowSplit split_rows(uint32_t samples, uint32_t rows, uint32_t cores, uint32_t most_rows = UINT32_MAX) {
   uint32_t a = cores, b = samples;
   while (b != 0) {
     const uint32_t rest = a % b;
     a = b, b = rest;
   }
-  const uint32_t wanted = a == 0 ? 1 : cores / a;
+  const uint32_t even = a == 0 ? 1 : cores / a;  // any multiple of it is shared evenly
+  const uint32_t rows_of_each = ceil_div(rows, even);
+  const uint32_t wanted = most_rows < rows_of_each ? even * ceil_div(rows_of_each, most_rows) : even;
   RowSplit split{samples, rows, 0, 0};
   split.rows_per_part = rows == 0 ? 1 : ceil_div(rows, wanted < rows ? wanted : rows);
   split.parts = ceil_div(rows, split.rows_per_part);

@@ -24,7 +24,7 @@ inline void tile(GatedResidualTiling& t, Float type, bool backward, uint32_t sam
                  uint32_t cores, uint32_t ub_bytes = UB_BYTES) {
   const uint32_t piece = backward ? gated_residual_backward_bytes(16, type) : gated_residual_bytes(16, type);
   const uint32_t most = ub_bytes / piece * 16;
-  t.split = split_rows(samples, rows, cores);
+  t.split = split_rows(samples, rows, cores, backward ? MOST_SUMMED : rows);
   t.channels = channels, t.columns = lanes(channels) < most ? lanes(channels) : most;
 }
 

@@ -45,7 +45,7 @@ constexpr uint32_t MOST_HEADS = 248,
 // Fills the split and tile_heads; the other fields are given. False where not even 8 heads fit.
 inline bool tile(QkNormRopeTiling& t, Float type, bool backward, uint32_t batch, uint32_t cores,
                  uint32_t ub_bytes = UB_BYTES) {
-  t.split = split_rows(batch, backward ? t.tokens : t.padded, cores);
+  t.split = backward ? split_rows(batch, t.tokens, cores, MOST_SUMMED) : split_rows(batch, t.padded, cores);
   t.tile_heads = round_up(t.heads, 8) < MOST_HEADS ? round_up(t.heads, 8) : MOST_HEADS;
   while (t.tile_heads > 0 && qk_norm_rope_bytes(t.tile_heads, pitch(t), type, backward) > ub_bytes) t.tile_heads -= 8;
   return t.tile_heads > 0 && pitch(t) <= MOST_LANES;

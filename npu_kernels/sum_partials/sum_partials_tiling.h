@@ -9,9 +9,10 @@ struct SumPartialsTiling {
   uint32_t outer, parts, width, columns;
 };
 
-// Unified buffer: two rows of partial sums on their way in, one output; the sum and the next addend.
+// Unified buffer: two rows of partial sums on their way in, one output; the sum, that of a
+// group, and the next addend.
 VIDGEN_BOTH constexpr uint32_t sum_partials_bytes(uint32_t columns, Float type) {
-  return lanes(columns) * (2 * 4 + size_of(type) + 2 * 4);
+  return lanes(columns) * (2 * 4 + size_of(type) + 3 * 4);
 }
 
 inline void tile(SumPartialsTiling& t, Float type, uint32_t outer, uint32_t parts, uint32_t width, uint32_t cores,

@@ -50,3 +50,33 @@ def test_results_repeat(twin, name):
         args = battery.arguments(ops.OPS[name], torch.bfloat16, i)
         first, second = (battery.tensors(OnKernels(name)(*args)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def long_sums(name, dtype, tokens, channels=48):
+    """Arguments of a gradient that sums over many tokens."""
+
+    def new(*shape):
+        return torch.randn(shape).to(dtype)
+
+    rows = [new(1, tokens, channels) for _ in range(4)]
+    scale, gate, weight, bias = new(1, channels), new(1, channels), new(channels), new(channels)
+    angles = torch.randn(tokens, 8)
+    return {
+        "adaln_modulate_backward": (*rows[:2], scale, weight, bias, 1e-6),
+        "gated_residual_backward": (rows[0], gate, rows[1]),
+        "gated_residual_adaln_backward": (*rows[:3], gate, rows[3], scale, weight, bias, 1e-6),
+        "qk_norm_rope_backward": (
+            *(r.unflatten(-1, (3, 16)) for r in rows[:2]),
+            *(weight[:16], "layer", 1e-6, angles.cos(), angles.sin(), "half", None, 1),
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("cores", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=battery.short)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.endswith("_backward")])
+def test_long_sums_are_as_accurate_as_eager(twin, name, dtype, cores):
+    """Also where one core sums all tokens: eager adds pairwise, and a plain loop in float32 would fall behind."""
+    torch.manual_seed(0)
+    twin.set_cores(cores)
+    battery.assert_as_accurate_as_eager(OnKernels(name), long_sums(name, dtype, 9000))

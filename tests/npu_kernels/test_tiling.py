@@ -27,9 +27,9 @@ def tiling(built):
 
 def test_rows(tiling):
     @any_case
-    @given(st.integers(1, 70), st.integers(1, 300), CORES)
-    def once(samples, rows, cores):
-        assert tiling.cover_rows(samples, rows, cores) == ONCE
+    @given(st.integers(1, 70), st.integers(1, 300), CORES, st.integers(1, 400))
+    def once(samples, rows, cores, most):
+        assert tiling.cover_rows(samples, rows, cores, most) == ONCE
         # Where there are rows enough for it, every core gets as many runs as every other.
         if rows % cores == 0:
             assert tiling.imbalance(samples, rows, cores) == 0

@@ -41,8 +41,9 @@ Float type_of(int32_t size) { return size == 4 ? Float::float32 : Float::bfloat1
 
 extern "C" {
 
-int32_t cover_rows(uint32_t samples, uint32_t rows, uint32_t cores) {
-  return rows_once(split_rows(samples, rows, cores), cores);
+int32_t cover_rows(uint32_t samples, uint32_t rows, uint32_t cores, uint32_t most) {
+  const RowSplit split = split_rows(samples, rows, cores, most);
+  return split.rows_per_part > most ? BUDGET_EXCEEDED : rows_once(split, cores);
 }
 
 // The longest and the shortest share of rows that a core gets, apart by how many runs.

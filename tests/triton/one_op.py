@@ -32,7 +32,7 @@ def load_battery():
 battery = load_battery()
 OP = ops.OPS[os.environ["OP"]]
 CPU = torch.device("cpu")
-EXAMPLES, LARGEST = 15, 5000  # elements: the interpreter needs milliseconds where a device needs microseconds
+EXAMPLES, LARGEST = 10, 2500  # elements: the interpreter needs milliseconds where a device needs microseconds
 SAMPLES = range(len(OP.samples(CPU, torch.float32)))
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 runs = {"count": 0}

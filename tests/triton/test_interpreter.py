@@ -24,7 +24,7 @@ def triton():
         pytest.skip(missing)
 
 
-@pytest.mark.parametrize("op", sorted(backend.MODULES))
+@pytest.mark.parametrize("op", sorted(backend.MODULES, reverse=True))  # the longest first
 def test_battery_in_the_interpreter(op):
     settings = {"TRITON_INTERPRET": "1", "VIDGEN_NATIVE": "0", "OMP_NUM_THREADS": "1", "OP": op}
     environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}

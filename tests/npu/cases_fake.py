@@ -25,6 +25,15 @@ from vidgen.ops._registry import Op
 
 from .systems import Size, build_transformer, build_vae, latent_size, transformer_inputs
 
+_library = torch.library.Library("npu", "IMPL")
+
+
+def group_norm_swish_grad(grad: Tensor, input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *_: Any) -> Any:
+    return torch.empty_like(input), torch.empty_like(weight), torch.empty_like(bias)
+
+
+_library.impl("npu_group_norm_swish_grad", group_norm_swish_grad, "Meta")  # torch_npu has none of its own
+
 Call = tuple[str, list[Any], list[Any]]  # operator, shapes and dtypes that go in and come out
 
 
@@ -155,3 +164,13 @@ def autoencoder(system: str, video: Size, encode: bool) -> dict[str, Any]:
         return [decoded, model.encode_moments(torch.empty(1, 3, *video))] if encode else [decoded]
 
     return compare(lambda: build_vae(system, "released"), call)
+
+
+def autoencoder_gradients(system: str, video: Size) -> dict[str, Any]:
+    """There and back, with the gradient of every parameter."""
+
+    def call(model: Any) -> Tensor:
+        moments = model.encode_moments(torch.empty(1, 3, *video))
+        return model.decode(moments[:, : moments.shape[1] // 2])
+
+    return compare(lambda: build_vae(system, "released"), call, backward=True)

@@ -27,6 +27,14 @@ TRANSFORMERS = {
         ("1.5-5b-i2v", 5_571_594_880, (81, 768, 1360), False),
     ],
 }
+# what of torch_npu each has to reach beside attention
+ROTATED = {"npu::npu_rotary_mul"}
+FUSED = {
+    "opensora_plan_v1_3": ROTATED,
+    "opensora_plan_v1_5": ROTATED | {"npu::npu_rms_norm"},
+    "opensora_v2": ROTATED | {"npu::npu_rms_norm"},
+    "cogvideox": ROTATED,
+}
 
 
 def case(system: str, *values: Any) -> Any:
@@ -46,6 +54,7 @@ def test_transformer(npu: Worker, system: str, preset: str, parameters: int, vid
     # one call of Ascend's attention for each of them, and none by way of PyTorch's
     assert found["npu"]["npu::npu_fusion_attention"] == attentions > 0, found
     assert found["npu"].get("npu::npu_fusion_attention_grad", 0) == attentions * backward, found
+    assert preset == "2b" or found["npu"].keys() >= FUSED[system], found  # 2B does not rotate
 
 
 @pytest.mark.parametrize(
@@ -60,3 +69,12 @@ def test_transformer(npu: Worker, system: str, preset: str, parameters: int, vid
 def test_autoencoder(npu: Worker, system: str, video: tuple, encode: bool) -> None:
     found = npu.run("cases_fake.autoencoder", system=system, video=video, encode=encode)
     assert found["results"][0] == (1, 3, *video) and found["vidgen"]["causal_conv3d"] > 40
+
+
+@pytest.mark.parametrize("system", TRANSFORMERS)
+def test_autoencoder_gradients(npu: Worker, system: str) -> None:
+    """At a size that such models are trained on."""
+    found = npu.run("cases_fake.autoencoder_gradients", system=system, video=(17, 256, 256))
+    assert found["results"] == [(1, 3, 17, 256, 256)]
+    if not system.startswith("opensora_plan"):
+        assert found["npu"]["npu::npu_group_norm_swish_grad"], found

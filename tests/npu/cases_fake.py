@@ -144,7 +144,15 @@ def compare(build: Callable[[], nn.Module], call: Callable[[nn.Module], Any], ba
         "npu": dict(Counter(name for name, _, _ in there.npu)),
         "parameters": sum(p.numel() for p in parameters),
         "results": [shape for shape, _ in described(got)],
+        "shapes": [f"{n} x {call}" for call, n in Counter(map(in_words, there.vidgen + there.npu)).items()],
     }
+
+
+def in_words(call: Call) -> str:
+    """``npu::npu_rms_norm 1x8x64 bfloat16, 64 bfloat16 -> 1x8x64 bfloat16, 1x8x1 float32``"""
+    name, *sides = call
+    texts = (", ".join(f"{'x'.join(map(str, shape)) or 'scalar'} {dtype}" for shape, dtype in side) for side in sides)
+    return f"{name} {' -> '.join(texts)}"
 
 
 def transformer(system: str, preset: str, video: Size, backward: bool) -> dict[str, Any]:

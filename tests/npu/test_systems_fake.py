@@ -49,6 +49,7 @@ def case(system: str, *values: Any) -> Any:
 )
 def test_transformer(npu: Worker, system: str, preset: str, parameters: int, video: tuple, backward: bool) -> None:
     found = npu.run("cases_fake.transformer", system=system, preset=preset, video=video, backward=backward)
+    print(*found["shapes"], sep="\n")  # pytest -rP shows them
     assert found["parameters"] == parameters
     attentions = sum(found["vidgen"].get(name, 0) for name in ("attention", "skiparse_attention"))
     # one call of Ascend's attention for each of them, and none by way of PyTorch's
@@ -68,6 +69,7 @@ def test_transformer(npu: Worker, system: str, preset: str, parameters: int, vid
 )
 def test_autoencoder(npu: Worker, system: str, video: tuple, encode: bool) -> None:
     found = npu.run("cases_fake.autoencoder", system=system, video=video, encode=encode)
+    print(*found["shapes"], sep="\n")
     assert found["results"][0] == (1, 3, *video) and found["vidgen"]["causal_conv3d"] > 40
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target sets up what it needs in .venv; nothing outside this folder is touched.
-.PHONY: setup demo test test-slow test-device matrix npu-report bench lint clean
+.PHONY: setup demo test test-slow test-device matrix npu-report bench bench-models lint clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -69,6 +69,9 @@ npu-report:
 
 bench: setup
 	$(BIN)/python benchmarks/run.py --device $(DEVICE)
+
+bench-models: setup
+	$(BIN)/python benchmarks/models.py --device $(DEVICE)
 
 lint: setup
 	$(BIN)/ruff check .

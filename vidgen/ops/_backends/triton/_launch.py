@@ -48,6 +48,11 @@ def shared_memory(index: int) -> int:
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+def gpu(x: Tensor, **options: int) -> dict[str, int]:
+    """``num_warps`` and ``num_stages``: options of a GPU's kernels, which triton-ascend asks not to be given."""
+    return options if x.device.type == "cuda" else {}
+
+
 def rounded_products(x: Tensor) -> dict[str, bool]:
     """Options of kernels whose differences of equal products must be 0: no product goes unrounded into a sum.
 

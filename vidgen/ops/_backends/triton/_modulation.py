@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rounded_products, rows_side_by_side, stages
+from ._launch import blocks, gpu, on_device_of, power_of_2, refuse_common, rounded_products, rows_side_by_side, stages
 from ._tuning import TUNING
 
 
@@ -233,7 +233,7 @@ def launch_forward(
             HAS_BIAS=bias is not None,
             ROWS=tuning.forward_rows,
             BLOCK=block,
-            num_warps=tuning.row_warps(block),
+            **gpu(x, num_warps=tuning.row_warps(block)),
         )
     return h, out
 
@@ -305,7 +305,7 @@ def launch_backward(
             BLOCK=block,
             **rounded_products(x),
             STAGES=stages(x, (4 if gated else 2) * block),
-            num_warps=tuning.row_warps(block),
+            **gpu(x, num_warps=tuning.row_warps(block)),
         )
     totals = sums.sum(2)  # (kind, batch, channels)
     plain, along = totals[:2]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_by_side
+from ._launch import blocks, gpu, on_device_of, power_of_2, refuse_common, rows_side_by_side
 from ._modulation import strides
 from ._tuning import TUNING
 
@@ -122,7 +122,7 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
             GATE_PER_TOKEN=gate.dim() == 3,
             ROWS=rows,
             BLOCK=block,
-            num_warps=TUNING[x.device.type].warps(rows * block),
+            **gpu(x, num_warps=TUNING[x.device.type].warps(rows * block)),
         )
     return out
 
@@ -156,6 +156,6 @@ def gated_residual_backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tens
             GATE_PER_TOKEN=per_token,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tuning.warps(rows * block),
+            **gpu(y, num_warps=tuning.warps(rows * block)),
         )
     return grad_gate if per_token else sums.sum(1).to(y.dtype), grad_y

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rounded_products
+from ._launch import blocks, gpu, on_device_of, power_of_2, refuse_common, rounded_products
 from ._volume import Volume, silu_gradient, statistics, volume
 
 group_norm_silu_refuses = refuse_common
@@ -180,14 +180,14 @@ def moments(v: Volume, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     mean, rstd = (statistics(v, v.batch, v.channels) for _ in range(2))
     moments_of_chunks[(v.chunks, blocks(v.channels, v.channels_block), v.batch)](
         v.x, means, squares, v.channels, v.positions, v.steps, v.channel_stride, v.position_stride,
-        CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, num_warps=v.warps,
+        CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, **gpu(v.x, num_warps=v.warps),
     )  # fmt: skip
     width = v.channels // num_groups
     wide = power_of_2(width)
     rows = min(power_of_2(v.chunks), max(1, 1024 // wide))
     moments_of_groups[(num_groups, v.batch)](
         means, squares, mean, rstd, v.channels, v.positions, v.chunks, v.positions_block * v.steps, width, eps,
-        WIDTH=wide, CHUNKS=rows, num_warps=4,
+        WIDTH=wide, CHUNKS=rows, **gpu(v.x, num_warps=4),
     )  # fmt: skip
     return mean, rstd
 
@@ -202,7 +202,7 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
         normalise_tiles[grid](
             v.x, out, mean, rstd, weight, bias, v.channels, v.positions, v.channel_stride, v.position_stride,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+            CHANNELS=v.channels_block, POSITIONS=v.positions_block, **gpu(x, num_warps=v.warps),
         )  # fmt: skip
     return out
 
@@ -220,7 +220,7 @@ def group_norm_silu_backward(
         "HAS_BIAS": bias is not None,
         "CHANNELS": v.channels_block,
         "POSITIONS": v.positions_block,
-        "num_warps": v.warps,
+        **gpu(x, num_warps=v.warps),
         **rounded_products(x),
     }
     sums = statistics(v, 2, v.batch, v.chunks, v.channels)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_by_side
+from ._launch import blocks, gpu, on_device_of, power_of_2, refuse_common, rows_side_by_side
 from ._tuning import TUNING
 
 haar_2d_refuses = refuse_common
@@ -153,7 +153,7 @@ def run_analysis(x: Tensor, constant: float, along_time: bool, repeat: bool) -> 
         analyse[(blocks(height, rows) * blocks(width, columns), frames, batch * channels)](
             x, y, channels, frames, height, width, channels * frames * height * width, *x.stride()[:4], constant,
             ALONG_TIME=along_time, REPEAT=repeat, ROWS=rows, COLUMNS=columns,
-            num_warps=TUNING[x.device.type].warps(4 * rows * columns),
+            **gpu(x, num_warps=TUNING[x.device.type].warps(4 * rows * columns)),
         )  # fmt: skip
     return y
 
@@ -168,7 +168,7 @@ def run_synthesis(y: Tensor, constant: float, along_time: bool, drop: bool) -> T
         synthesise[(blocks(height, rows) * blocks(width, columns), frames, batch * channels)](
             y, x, channels, frames, height, width, channels * y.stride(1), *y.stride()[:4], constant,
             ALONG_TIME=along_time, DROP=drop, ROWS=rows, COLUMNS=columns,
-            num_warps=TUNING[y.device.type].warps(4 * rows * columns),
+            **gpu(y, num_warps=TUNING[y.device.type].warps(4 * rows * columns)),
         )  # fmt: skip
     return x
 

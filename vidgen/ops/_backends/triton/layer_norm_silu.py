@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, refuse_common, rounded_products
+from ._launch import blocks, gpu, on_device_of, refuse_common, rounded_products
 from ._tuning import TUNING
 from ._volume import silu_gradient, statistics, volume
 
@@ -91,7 +91,7 @@ def layer_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     with on_device_of(x):
         normalise_positions[(blocks(v.positions, v.positions_block), v.batch)](
             v.x, out, weight.contiguous(), bias.contiguous(), v.channels, v.positions, v.channel_stride,
-            v.position_stride, eps, CHANNELS=v.channels_block, POSITIONS=v.positions_block, num_warps=v.warps,
+            v.position_stride, eps, CHANNELS=v.channels_block, POSITIONS=v.positions_block, **gpu(x, num_warps=v.warps),
         )  # fmt: skip
     return out
 
@@ -106,7 +106,7 @@ def layer_norm_silu_backward(
         normalise_positions_backward[(v.chunks, v.batch)](
             grad, v.x, weight.contiguous(), bias.contiguous(), grad_x, sums, v.channels, v.positions, v.steps,
             sums.stride(0), v.channel_stride, v.position_stride, eps,
-            CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, num_warps=v.warps,
+            CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, **gpu(x, num_warps=v.warps),
             **rounded_products(x),
         )  # fmt: skip
     grad_bias, grad_weight = sums.sum((1, 2)).to(x.dtype)

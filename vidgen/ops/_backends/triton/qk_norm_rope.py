@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...skiparse_index import skiparse_padded_length
-from ._launch import blocks, on_device_of, refuse_common, rows_side_by_side
+from ._launch import blocks, gpu, on_device_of, refuse_common, rows_side_by_side
 from ._rotation import (
     Cut,
     centred,
@@ -230,6 +230,6 @@ def launch(
             HAS_Q_BIAS=parameters[2] is not None,
             HAS_K_BIAS=parameters[3] is not None,
             **shape.constants(),
-            num_warps=shape.warps,
+            **gpu(q, num_warps=shape.warps),
         )
     return new_q, new_k, new_v

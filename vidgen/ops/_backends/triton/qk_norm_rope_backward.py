@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import blocks, on_device_of, refuse_common, rounded_products, rows_side_by_side, stages
+from ._launch import blocks, gpu, on_device_of, refuse_common, rounded_products, rows_side_by_side, stages
 from ._rotation import centred, cut, load_pair, place_of_run, rotate_pair, scaled, store_pair, table_strides
 from ._tuning import TUNING
 from .qk_norm_rope import NORMS, head_strides
@@ -227,7 +227,7 @@ def qk_norm_rope_backward(
             **shape.constants(),
             **rounded_products(x),
             STAGES=stages(x, 2 * shape.elements),
-            num_warps=shape.warps,
+            **gpu(x, num_warps=shape.warps),
         )
     grad_weight, grad_bias = sums.sum(1).to(x.dtype)
     return grad_x, grad_weight, grad_bias

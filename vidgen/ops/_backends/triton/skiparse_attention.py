@@ -13,7 +13,7 @@ from ..._checks import wide
 from ...attention import softmax_scale
 from ...skiparse_attention_lse import op as with_lse
 from ...skiparse_index import skiparse_padded_length
-from ._launch import blocks, on_device_of, power_of_2, refuse_common, rows_side_by_side
+from ._launch import blocks, gpu, on_device_of, power_of_2, refuse_common, rows_side_by_side
 from ._skiparse_backward import skiparse_delta, skiparse_grad_keys, skiparse_grad_queries
 from ._skiparse_forward import skiparse_forward
 
@@ -133,8 +133,7 @@ def run(kernel: Any, groups: Groups, number: int, cut: Tiles, queries: int, keys
             tiles=number,
             BLOCK_M=queries,
             BLOCK_N=keys,
-            num_warps=max(4, cut.warps // smaller),
-            num_stages=cut.stages,
+            **gpu(groups.q, num_warps=max(4, cut.warps // smaller), num_stages=cut.stages),
         )
 
 

@@ -9,6 +9,8 @@
 #include "twin/machine.h"
 #endif
 #ifdef VIDGEN_TORCH_NPU
+#include "acl/acl_base.h"
+#include "torch_npu/csrc/core/npu/NPUFormat.h"
 #include "torch_npu/csrc/core/npu/NPUStream.h"
 #define VIDGEN_KEY PrivateUse1
 #else
@@ -36,7 +38,18 @@ inline void require_fit(bool fits, const char* op, const at::Tensor& x) {
   TORCH_CHECK(fits, op, ": a row of ", x.sizes(), " does not fit the unified buffer");
 }
 
+// torch_npu can keep a tensor in an order of the hardware's own, whatever its strides say; kernels read rows.
+inline void require_plain_order([[maybe_unused]] const at::Tensor& t) {
+#ifdef VIDGEN_TORCH_NPU
+  const int64_t format = at_npu::native::get_npu_format(t);
+  TORCH_CHECK(format == ACL_FORMAT_ND || format == ACL_FORMAT_NCHW || format == ACL_FORMAT_NCDHW,
+              "the kernels cannot read a tensor of torch_npu's internal format ", format,
+              "; set torch.npu.config.allow_internal_format = False");
+#endif
+}
+
 inline Memory in(const at::Tensor& t) {
+  require_plain_order(t);
   auto at = static_cast<Memory>(t.data_ptr());
 #ifdef VIDGEN_TWIN
   int64_t last = 0;

@@ -81,3 +81,18 @@ def forced_backend_obeys_or_raises(library: str) -> str:
         except ValueError as error:
             return str(error)
     return ""
+
+
+def internal_format_is_refused(library: str) -> str:
+    import torch_npu
+
+    load(library)
+    fractal = 29  # ACL_FORMAT_FRACTAL_NZ
+    x = torch_npu.empty_with_format((2, 32, 32), dtype=torch.float16, device="npu", acl_format=fractal)
+    assert torch_npu.get_npu_format(x) == fractal
+    shift = torch.zeros(2, 32, dtype=torch.float16).npu()
+    try:
+        torch.ops.vidgen_ascendc.adaln_modulate(x, shift, shift, None, None, 1e-6)
+    except RuntimeError as error:
+        return str(error)
+    return ""

@@ -53,3 +53,8 @@ def test_forced_backend_obeys_or_raises(npu: Worker, library: str) -> None:
     assert said == (
         "adaln_modulate: backend 'npu_ascendc' was asked for but the kernel takes modulations per sample, not per token"
     )
+
+
+def test_internal_format_is_refused(npu: Worker, library: str) -> None:
+    said = npu.run("cases_ascendc.internal_format_is_refused", library=library)
+    assert "cannot read a tensor of torch_npu's internal format 29" in said

@@ -43,9 +43,13 @@ class Evidence:
     all: tuple[str, ...] = ()
 
 
+BATTERY = tuple(
+    f"tests/ops/test_all_ops.py::test_{name}"
+    for name in ("error_is_at_most_twice_that_of_eager", "any_shape_and_stride", "opcheck")
+)
 INTERPRETER = "tests/triton/test_interpreter.py::test_battery_in_the_interpreter"
 EVIDENCE = (
-    Evidence("B", "cpu", "first", each=("tests/ops/test_all_ops.py::test_error_is_at_most_twice_that_of_eager",)),
+    Evidence("B", "cpu", "first", each=BATTERY),
     Evidence("1", "npu", "npu_torch", all=("tests/npu/test_schemas.py",)),
     Evidence(
         "2",
@@ -81,7 +85,7 @@ OF_SYSTEMS = (
 DEVICE_RUNGS = {"cuda": "G", "npu": "7"}
 
 MEANING = {
-    "B": "the whole battery of `tests/ops` on a CPU: values, gradients, compilation, memory, any shape and stride",
+    "B": "the battery of `tests/ops` on a CPU: samples, random shapes and strides, PyTorch's check of operators",
     "I": "values and gradients of every sample in Triton's interpreter; no GPU",
     "G": "values and gradients of every sample on a GPU, by `npu_kernels/on_device`; reports below",
     "1": "every call binds to the schema of the real torch_npu",

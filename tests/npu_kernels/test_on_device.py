@@ -113,7 +113,10 @@ def spoils_arguments(video, *rest):
 def leaves_a_hole(video, *rest):
     result = ops.OPS["haar_2d"].reference(video, *rest)
     out = torch.empty_like(result)
-    out.flatten()[:-1] = result.flatten()[:-1]
+    if out.isnan().all():
+        out.flatten()[:-1] = result.flatten()[:-1]
+    else:  # an earlier call has left the right number where this one writes none
+        out.copy_(result)
     return out
 
 

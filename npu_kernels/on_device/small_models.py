@@ -16,6 +16,8 @@ SYSTEMS = ("opensora_plan_v1_3", "opensora_plan_v1_5", "opensora_v2", "cogvideox
 PARTS = ("transformer", "vae", "training")
 MODEL_CASES = [f"{system}/{part}" for system in SYSTEMS for part in PARTS]
 TINY = {"cogvideox": "tiny-1.5"}  # "tiny" elsewhere
+# Norms over the few channels of the tiny ones enlarge every rounding.
+VAES = {"opensora_plan_v1_3": "small", "opensora_plan_v1_5": "small"}
 VIDEO = (9, 32, 48)
 # Relative to the norm of each tensor; a share of it is what roundings of another order of sums make of it.
 FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -24,7 +26,8 @@ FLOOR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def judge_model(system: str, part: str, dtype: torch.dtype, device: torch.device) -> tuple[Verdict, list[str]]:
     """Outputs and gradients, or losses, on the device: at most four times as far off as the CPU's."""
     torch.manual_seed(3)
-    model = build_vae(system, "tiny") if part == "vae" else build_transformer(system, TINY.get(system, "tiny"))
+    vae = part == "vae"
+    model = build_vae(system, VAES.get(system, "tiny")) if vae else build_transformer(system, TINY.get(system, "tiny"))
     wake(model)
     run = train if part == "training" else forward_and_backward
     cpu = torch.device("cpu")

@@ -3,17 +3,16 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.npu import environment
+from tests.npu.conftest import need
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "vidgen" / "ops" / "_backends" / "triton"
-ASCEND = Path(sys.prefix) / "triton_ascend"
 
 # Not in Triton 3.2, or meaningless on Ascend.
 FORBIDDEN = {
@@ -28,16 +27,10 @@ FORBIDDEN = {
 
 def python(*command: str) -> subprocess.CompletedProcess[str]:
     """Run with triton-ascend in place of triton."""
-    if not (ASCEND / "triton").is_dir():
-        missing = (
-            f"triton-ascend is not in {ASCEND.name} beside the environment's own packages (make setup puts it there)"
-        )
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    environment = {**os.environ, "PYTHONPATH": f"{ASCEND}{os.pathsep}{ROOT}", "VIDGEN_NATIVE": "0"}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=900)
+    need("triton_ascend")
+    variables = {**environment.triton_ascend(), "VIDGEN_NATIVE": "0"}
+    variables.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=900)
 
 
 def test_every_kernel_lowers_to_blocks():

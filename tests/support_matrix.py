@@ -219,7 +219,7 @@ def never_run(used: set[str]) -> list[str]:
             "kept in `npu_kernels/on_device/results`, it fills rung 7."
         )
     if "G" not in used:
-        lines.append("No kernel was run on a GPU.")
+        lines.append("No report of a GPU is kept, so none of its rungs is claimed.")
     return [*lines, ""] if len(lines) > 2 else []
 
 

@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "docs" / "support_matrix.json", ROOT / "docs" / "support_matrix.md"
 REPORTS = ROOT / "npu_kernels" / "on_device" / "results"
+BATTERIES = ROOT / "benchmarks" / "results"  # of `make test-device` on a GPU
 PLAIN = ("composite", "reference")
 SYSTEMS = ("opensora_plan_v1_3", "opensora_plan_v1_5", "opensora_v2", "cogvideox")
 
@@ -65,8 +66,13 @@ EVIDENCE = (
         "6",
         "npu",
         "npu_ascendc",
-        each=("tests/npu_kernels/test_kernels.py::test_samples",),
-        all=("tests/npu_kernels/test_twin.py", "tests/npu_kernels/test_tiling.py", "tests/npu_kernels/test_budgets.py"),
+        each=("tests/npu_kernels/test_kernels.py::test_samples", "tests/npu/test_ascendc.py::test_samples"),
+        all=(
+            "tests/npu_kernels/test_twin.py",
+            "tests/npu_kernels/test_tiling.py",
+            "tests/npu_kernels/test_budgets.py",
+            "tests/npu_kernels/test_api.py",
+        ),
     ),
 )
 OF_SYSTEMS = (
@@ -87,7 +93,7 @@ DEVICE_RUNGS = {"cuda": "G", "npu": "7"}
 MEANING = {
     "B": "the battery of `tests/ops` on a CPU: samples, random shapes and strides, PyTorch's check of operators",
     "I": "values and gradients of every sample in Triton's interpreter; no GPU",
-    "G": "values and gradients of every sample on a GPU, by `npu_kernels/on_device`; reports below",
+    "G": "values, gradients and outputs of every sample on a GPU, by the battery or `npu_kernels/on_device`; see below",
     "1": "every call binds to the schema of the real torch_npu",
     "2": "every documented limit has a guard, tested at it and beyond it",
     "3": "released sizes with fake tensors on the device npu: shapes and dtypes, no numbers",
@@ -143,6 +149,24 @@ def passed_on_device(kind: str, op: str, backend: str, reports: dict[str, dict[s
     return False
 
 
+def read_batteries() -> dict[str, dict[str, Any]]:
+    return {path.name: json.loads(path.read_text()) for path in sorted(BATTERIES.glob("*_battery.json"))}
+
+
+def passed_battery(op: str, batteries: dict[str, dict[str, Any]]) -> bool:
+    """Whether on some GPU none of the op's tests failed; they run what the dispatcher takes first."""
+    rows = [battery["ops"].get(op, {"passed": 0, "failed": []}) for battery in batteries.values()]
+    return any(row["passed"] and not row["failed"] for row in rows)
+
+
+def ran_on_device(kind: str, op: str, backend: str, first: bool, reports: dict[str, dict[str, Any]]) -> bool:
+    """``first``: whether the dispatcher takes this backend first."""
+    if kind not in DEVICE_RUNGS:
+        return False
+    battery = kind == "cuda" and first and passed_battery(op, read_batteries())
+    return battery or passed_on_device(kind, op, backend, reports)
+
+
 def backends() -> dict[str, dict[str, list[str]]]:
     """``{op: {kind of device: its backends, best first, without those in plain PyTorch}}``."""
     from vidgen import device, ops
@@ -162,7 +186,7 @@ def collect(results: dict[str, str], reports: dict[str, dict[str, Any]]) -> dict
                     e for e in EVIDENCE if e.kind == kind and e.backend in (backend, "first" if first else backend)
                 ]
                 rungs = [e.rung for e in wanted if borne_out(e, op, results)]
-                if kind in DEVICE_RUNGS and passed_on_device(kind, op, backend, reports):
+                if ran_on_device(kind, op, backend, first, reports):
                     rungs.append(DEVICE_RUNGS[kind])
                 rows[op][f"{kind} {backend}"] = rungs
     systems = {name: [e.rung for e in OF_SYSTEMS if borne_out(e, name, results)] for name in SYSTEMS}
@@ -205,7 +229,15 @@ def render(data: dict[str, Any]) -> str:
     for name, about in data["reports"].items():
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(about["counts"].items()))
         lines.append(f"- `{name}`: {about['device']}, torch {about['torch']}, {about['written']}: {counts}")
-    return "\n".join(lines + ([] if data["reports"] else ["None."])) + "\n"
+    for name, battery in read_batteries().items():
+        rows = battery["ops"].values()
+        failed = [test for row in rows for test in row["failed"]]
+        passed = sum(row["passed"] for row in rows)
+        lines.append(
+            f"- `{name}`: {battery['device']}, torch {battery['torch']}, {battery['date']}: {passed} passed, "
+            f"{len(failed)} failed, whose ops claim no rung. {battery['note']}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def never_run(used: set[str]) -> list[str]:

@@ -76,8 +76,17 @@ def test_claims_about_devices_have_reports(written):
     for op, row in written["ops"].items():
         for column, rungs in row.items():
             kind, backend = column.split()
+            first = matrix.backends()[op][kind][:1] == [backend]
             claimed = matrix.DEVICE_RUNGS.get(kind) in rungs
-            assert claimed == matrix.passed_on_device(kind, op, backend, reports), f"{op} {column}"
+            assert claimed == matrix.ran_on_device(kind, op, backend, first, reports), f"{op} {column}"
+
+
+def test_an_op_with_a_failure_on_a_gpu_claims_nothing_of_it():
+    def battery(*failed):
+        return {"a": {"ops": {"gelu": {"passed": 3, "failed": list(failed)}}}}
+
+    assert matrix.passed_battery("gelu", battery()) and not matrix.passed_battery("haar_2d", battery())
+    assert not matrix.passed_battery("gelu", battery("test_x[gelu-float32-0]"))
 
 
 JUNIT = """<testsuites><testsuite>

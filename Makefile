@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/python -m vidgen.demo --output demo
 
 test: setup $(VENV)/.ascend
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --junitxml=build/tests.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal --junitxml=build/tests.xml
 	$(BIN)/python tests/support_matrix.py --check build/tests.xml
 
 test-slow: setup $(VENV)/.ascend
@@ -60,7 +60,7 @@ test-device: setup
 
 # docs/support_matrix.md, from the registry of ops and the results of these tests
 matrix: setup $(VENV)/.ascend
-	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --junitxml=build/tests.xml tests/ops tests/npu tests/triton tests/npu_kernels
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal --junitxml=build/tests.xml tests/ops tests/npu tests/triton tests/npu_kernels
 	$(BIN)/python tests/support_matrix.py build/tests.xml
 
 # In an environment with torch_npu, on a machine with an Ascend device: see npu_kernels/on_device/README.md

@@ -78,7 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "vidgen train CONFIG [--section.field VALUE ...] [--resume auto|none|PATH] [--profile N] [--dry-run]"
+    parser.usage = "vidgen train CONFIG [--section.field VALUE ...] [--resume auto|none|PATH] [options]"
     parser.add_argument("config", type=Path, metavar="CONFIG", help="recipe (YAML or JSON), for example under configs/")
     parser.add_argument("--resume", default="auto", help="auto (default): from the newest checkpoint, if any")
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="repeat a skipped step and say what went wrong")

@@ -78,7 +78,7 @@ def shifted(a, b, bias, START: tl.constexpr, D: tl.constexpr, W: tl.constexpr, I
 
 
 @triton.jit
-def centred(a, b, mean, D: tl.constexpr, W: tl.constexpr, INTERLEAVED: tl.constexpr):
+def centred(a, b, mean, D: tl.constexpr, W: tl.constexpr):
     """Minus the mean, and zeros again outside of the section."""
     c = tl.arange(0, W)[None, None, :]
     return tl.where(c < D - D // 2, a - mean, 0.0), tl.where(c < D // 2, b - mean, 0.0)

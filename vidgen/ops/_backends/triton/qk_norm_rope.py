@@ -69,11 +69,11 @@ def transform(
         if D2 > 0:
             total += tl.sum(a2 + b2, 2)
         mean = (total / dim)[:, :, None]
-        a0, b0 = centred(a0, b0, mean, D0, W0, INTERLEAVED)
+        a0, b0 = centred(a0, b0, mean, D0, W0)
         if D1 > 0:
-            a1, b1 = centred(a1, b1, mean, D1, W1, INTERLEAVED)
+            a1, b1 = centred(a1, b1, mean, D1, W1)
         if D2 > 0:
-            a2, b2 = centred(a2, b2, mean, D2, W2, INTERLEAVED)
+            a2, b2 = centred(a2, b2, mean, D2, W2)
     rstd = 1.0
     if NORM > 0:
         square = tl.sum(a0 * a0 + b0 * b0, 2)

@@ -107,11 +107,11 @@ def transform_heads_backward(
             if D2 > 0:
                 total += tl.sum(a2 + b2, 2)
             mean = (total / dim)[:, :, None]
-            a0, b0 = centred(a0, b0, mean, D0, W0, INTERLEAVED)
+            a0, b0 = centred(a0, b0, mean, D0, W0)
             if D1 > 0:
-                a1, b1 = centred(a1, b1, mean, D1, W1, INTERLEAVED)
+                a1, b1 = centred(a1, b1, mean, D1, W1)
             if D2 > 0:
-                a2, b2 = centred(a2, b2, mean, D2, W2, INTERLEAVED)
+                a2, b2 = centred(a2, b2, mean, D2, W2)
         square = tl.sum(a0 * a0 + b0 * b0, 2)
         if D1 > 0:
             square += tl.sum(a1 * a1 + b1 * b1, 2)

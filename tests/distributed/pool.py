@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of one gloo group that stay alive and run the functions of cases.py by name.
+"""Processes of one gloo group that stay alive and run functions of this folder by name.
+
+``function`` is one of cases.py, ``module.function`` one of another file here.
 
 This file is also the program that the processes run.
 """
@@ -7,7 +9,7 @@ This file is also the program that the processes run.
 from __future__ import annotations
 
 import datetime
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -71,10 +73,7 @@ def serve(descriptor: int, rank: int, world: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
-    assert spec is not None and spec.loader is not None
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
+    cases: Any = importlib.import_module("cases")  # this folder is first on the path of a program in it
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
@@ -86,7 +85,11 @@ def serve(descriptor: int, rank: int, world: int, store: str) -> None:
         except EOFError:
             break
         try:
-            reply = True, getattr(cases, case)(cases.GROUPS[tuple(range(ranks))], **arguments)
+            module, function = case.rsplit(".", 1) if "." in case else ("cases", case)
+            reply = (
+                True,
+                getattr(importlib.import_module(module), function)(cases.GROUPS[tuple(range(ranks))], **arguments),
+            )
         except Exception:
             reply = False, traceback.format_exc()
         connection.send(reply)

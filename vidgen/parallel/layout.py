@@ -124,9 +124,7 @@ class Layout:
         self.sequence_mesh = flat(mesh, (*inner, "tensor"), "sequence")  # a sequence, outside attention
         self.fsdp_mesh = flat(mesh, ("shard", *inner), "fsdp")  # a sharded parameter
         self.data_mesh = flat(mesh, ("replicate", "shard"), "data")  # different samples
-        self.all_replicas_mesh = flat(
-            mesh, ("replicate", "shard", *inner), "all_replicas"
-        )  # of a pipeline stage's part
+        self.all_replicas_mesh = flat(mesh, ("replicate", "shard", *inner), "all_replicas")  # of one part
 
     @classmethod
     def create(cls, parallel: Parallel, device_type: str = "cpu", world: int | None = None) -> Layout:

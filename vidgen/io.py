@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -178,20 +178,42 @@ def _files_below(directory: Path) -> list[Path]:
     return sorted(path for path in files if path != directory / MANIFEST)
 
 
-def write_manifest(directory: str | Path) -> None:
-    """Write ``manifest.json`` with size and SHA-256 of every file below ``directory``, each fsynced first."""
-    directory = Path(directory)
-    files = {}
+def file_entry(path: str | Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size and SHA-256."""
+    return {"size": Path(path).stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(directory: str | Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write ``manifest.json`` with size and SHA-256 of every file below ``directory``, each fsynced first.
+
+    Args:
+        directory: what the manifest is of.
+        known: entries of files, by name relative to ``directory``, from the processes that wrote and fsynced them.
+
+    Raises:
+        OSError: a file of ``known`` is not there, or has another size.
+    """
+    directory, known = Path(directory), known or {}
+    files: dict[str, Any] = {}
     for path in _files_below(directory):
-        _fsync_file(path)
-        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        name = path.relative_to(directory).as_posix()
+        if name in known:
+            files[name] = dict(known[name])
+            if (size := path.stat().st_size) != known[name]["size"]:
+                raise OSError(errno.EIO, f"{size} bytes, the process that wrote it says {known[name]['size']}", str(path))
+        else:
+            _fsync_file(path)
+            files[name] = file_entry(path)
+    if missing := sorted(known.keys() - files.keys()):
+        raise FileNotFoundError(errno.ENOENT, "written by another process and not to be seen here", missing[0])
     for folder, _, _ in os.walk(directory):
         fsync_directory(folder)
     write_json(directory / MANIFEST, {"version": 1, "files": files})
 
 
-def _manifest_entries(directory: Path) -> dict[str, dict[str, Any]]:
+def manifest_entries(directory: str | Path) -> dict[str, dict[str, Any]]:
     """The files that the manifest lists. Raises ValueError where it is not one that `write_manifest` writes."""
+    directory = Path(directory)
     manifest = read_json(directory / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("version") == 1 else None
     if not isinstance(files, dict):
@@ -204,18 +226,19 @@ def _manifest_entries(directory: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def verify_manifest(directory: str | Path) -> list[str]:
+def verify_manifest(directory: str | Path, part: int = 0, parts: int = 1) -> list[str]:
     """Compare every file that ``manifest.json`` lists with its size and SHA-256; return the problems, in words.
 
-    An empty list means that all is well. Files that the manifest does not list are not looked at.
+    An empty list means that all is well. Files that the manifest does not list are not looked at. Of ``parts``
+    processes that share the work, each looks at its ``part``: every so many-th file.
     """
     directory = Path(directory)
     try:
-        entries = _manifest_entries(directory)
+        entries = manifest_entries(directory)
     except (OSError, ValueError) as error:
         return [str(error)]
     problems = []
-    for name, entry in entries.items():
+    for name, entry in list(entries.items())[part::parts]:
         path = directory / name
         if path.is_symlink() or not path.is_file():
             problems.append(f"{name}: missing")
@@ -226,8 +249,10 @@ def verify_manifest(directory: str | Path) -> list[str]:
     return problems
 
 
-def commit_directory(temporary: str | Path, final: str | Path) -> None:
-    """Turn a directory that has been filled into ``final``: manifest, fsync, then one rename, last.
+def commit_directory(
+    temporary: str | Path, final: str | Path, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Turn a directory that has been filled into ``final``: manifest (see `write_manifest`), fsync, one rename, last.
 
     ``final`` either does not exist or is complete. Both must lie on one file system.
     Raises FileExistsError if ``final`` exists.
@@ -235,7 +260,7 @@ def commit_directory(temporary: str | Path, final: str | Path) -> None:
     temporary, final = Path(temporary), Path(final)
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, "commit_directory: exists already", str(final))
-    write_manifest(temporary)
+    write_manifest(temporary, known)
     os.rename(temporary, final)
     fsync_directory(final.parent)
 

@@ -166,12 +166,12 @@ def test_kill_in_the_middle_of_a_save(make_recipe, tmp_path):
         from vidgen.train.recipe import load_recipe
 
         commit, saves = checkpoint.commit_directory, []
-        def dying(temporary, final):
+        def dying(temporary, final, *known):
             saves.append(final)
             if len(saves) == 2:
                 (temporary / "optimizer.safetensors").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
-            commit(temporary, final)
+            commit(temporary, final, *known)
         checkpoint.commit_directory = dying
         train(load_recipe(sys.argv[1]))
     """)

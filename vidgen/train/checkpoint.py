@@ -49,18 +49,34 @@ def save_checkpoint(run: str | Path, step: int, fill: Callable[[Path], None], *,
     Raises:
         OSError: the disk is full, or read-only, or gone.
     """
+    try:
+        fill(begin(run, step))
+        return commit(run, step, keep=keep)
+    except BaseException:
+        abandon(run, step)
+        raise
+
+
+def begin(run: str | Path, step: int) -> Path:
+    """A new folder for the parts of a checkpoint; `commit` makes it one, `abandon` removes it."""
+    abandon(run, step)
+    temporary = checkpoint_path(run, step).with_suffix(".tmp")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(run: str | Path, step: int, known: dict[str, dict[str, Any]] | None = None, *, keep: int) -> Path:
+    """Make what lies in the folder of `begin` the checkpoint of the step, then delete all but ``keep``.
+
+    ``known``: see :func:`vidgen.io.write_manifest`.
+    """
     final = checkpoint_path(run, step)
     temporary, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
         if final.exists():  # damaged, or from a line of steps that the run has since left
             final.rename(replaced)
-        commit_directory(temporary, final)
+        commit_directory(temporary, final, known)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         raise
@@ -69,6 +85,12 @@ def save_checkpoint(run: str | Path, step: int, fill: Callable[[Path], None], *,
     for path in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def abandon(run: str | Path, step: int) -> None:
+    """Remove what a save of the step has left."""
+    for suffix in (".tmp", ".old.tmp"):
+        shutil.rmtree(checkpoint_path(run, step).with_suffix(suffix), ignore_errors=True)
 
 
 def remove_unfinished(run: str | Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vidgen.models.autoencoders.blending import blend_frames, blend_tiles
 from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig, kl_divergence, preset
 from vidgen.models.autoencoders.hunyuan_vae_layers import FrameCausalAttention
+from vidgen.models.autoencoders.streaming import Stream
 
 
 def make_vae(seed: int = 0, **changes: Any) -> HunyuanVAE:
@@ -153,7 +154,7 @@ def test_attention_sees_its_own_and_earlier_frames() -> None:
     frame = torch.arange(4).repeat_interleave(6)
     scores = (q @ k.transpose(1, 2) * 8**-0.5).masked_fill(frame[None, :] > frame[:, None], -torch.inf)
     wanted = x + layer.to_out[0](scores.softmax(-1) @ v).transpose(1, 2).view_as(x)
-    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer(x, Stream()), wanted)
 
 
 # Tiles

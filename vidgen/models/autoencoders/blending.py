@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .tiling import Each
+
 Code = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float) -> Tensor:
+def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float, *, each: Each = map) -> Tensor:
     """``code(x)`` in tiles of space.
 
     Args:
@@ -26,6 +28,7 @@ def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float)
         size: side of a tile; the tiles start ``int(size * (1 - overlap))`` apart.
         out_size: side of the result of a whole tile. Of it, ``int(out_size * overlap)`` is blended, the rest kept.
         overlap: part of a tile that it shares with the next.
+        each: calls ``code`` on all tiles; another than ``map`` may do so on several processes.
 
     Returns:
         The results, cropped and joined; no gradient.
@@ -34,12 +37,14 @@ def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float)
     kept = out_size - margin
     rows: list[Tensor] = []
     above: list[Tensor] = []  # lower margins of the row of tiles above
-    for top in range(0, x.shape[3], stride):
+    tops, starts = range(0, x.shape[3], stride), range(0, x.shape[4], stride)
+    tiles = each(code, (x[:, :, :, top : top + size, start : start + size] for top in tops for start in starts))
+    for _ in tops:
         row: list[Tensor] = []
         margins: list[Tensor] = []
         left: Tensor | None = None  # right margin of the tile to the left
-        for column, start in enumerate(range(0, x.shape[4], stride)):
-            tile = code(x[:, :, :, top : top + size, start : start + size])
+        for column in range(len(starts)):
+            tile = next(tiles)
             if above:
                 blend(above[column], tile, 3, margin)
             if left is not None:
@@ -53,7 +58,9 @@ def blend_tiles(code: Code, x: Tensor, size: int, out_size: int, overlap: float)
     return torch.cat(rows, 3)
 
 
-def blend_frames(code: Code, x: Tensor, size: int, out_size: int, overlap: float) -> Iterator[Tensor]:
+def blend_frames(
+    code: Code, x: Tensor, size: int, out_size: int, overlap: float, *, each: Each = map
+) -> Iterator[Tensor]:
     """``code(x)`` in tiles of time, piece by piece.
 
     As in :func:`blend_tiles`, but a tile has one frame more than ``size``, and of every tile but the first the first
@@ -65,9 +72,11 @@ def blend_frames(code: Code, x: Tensor, size: int, out_size: int, overlap: float
     stride, margin = int(size * (1 - overlap)), int(out_size * overlap)
     kept = out_size - margin
     before: Tensor | None = None
-    for start in range(0, x.shape[2], stride):
+    starts = range(0, x.shape[2], stride)
+    tiles = each(code, (x[:, :, start : start + size + 1] for start in starts))
+    for _ in starts:
         with torch.no_grad():  # as a decorator, it would hold the last piece while the next one is computed
-            tile = code(x[:, :, start : start + size + 1])
+            tile = next(tiles)
             piece = tile[:, :, : kept + 1]
             if before is not None:
                 tile = tile[:, :, 1:]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vidgen.checkpoints.hf import PretrainedModel
 
+from .coding import Coding, Span
 from .streaming import Stream, mark_ends, regroup, split_frames
 from .tiling import Tiles, place_tiles, run_tiled
 
@@ -57,20 +58,10 @@ class CausalAutoencoder(PretrainedModel):
         Raises:
             ValueError: a video, chunk or tile of a size that does not fit.
         """
-        self._check_video("encode_moments", video)
-        factor, frames = self.frames_per_latent, video.shape[2]
-        if (frames - 1) % factor:
-            raise ValueError(f"encode_moments: frames must be {factor}n + 1 (1, {factor + 1}, ...), got {frames}")
+        first = self._check_chunks("encode_moments", video, chunk_frames)
         if chunk_frames is None and tile_size is None and tile_overlap is None:
             return self.encoder(video, Stream())[0]
-        if chunk_frames is None:
-            chunks = iter((video,))
-        elif chunk_frames < factor or chunk_frames % factor:
-            raise ValueError(
-                f"encode_moments: chunk_frames must be a positive multiple of {factor}, got {chunk_frames}"
-            )
-        else:
-            chunks = split_frames(video, chunk_frames - factor + 1, chunk_frames)
+        chunks = iter((video,)) if chunk_frames is None else split_frames(video, first, chunk_frames)
         return torch.cat(list(self.encode_stream(chunks, tile_size=tile_size, tile_overlap=tile_overlap)), 2)
 
     @torch.no_grad()
@@ -194,6 +185,55 @@ class CausalAutoencoder(PretrainedModel):
             step = step_of(self.decoder, streams, first=first, last=last)
             yield run_tiled(self.unnormalize(chunk), tiles, step, in_unit=1, out_unit=self.pixels_per_latent)
 
+    def encoding(
+        self,
+        video: Tensor,
+        *,
+        chunk_frames: int | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+    ) -> Coding:
+        """What :meth:`encode_moments` does with the same arguments, for others to run."""
+        first = self._check_chunks("encoding", video, chunk_frames)
+        cells = (video.shape[3] // self.pixels_per_latent, video.shape[4] // self.pixels_per_latent)
+        return self._coding(video, True, (first, chunk_frames or first), self._tiles(cells, tile_size, tile_overlap))
+
+    def decoding(
+        self,
+        latent: Tensor,
+        *,
+        chunk_latents: int | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+    ) -> Coding:
+        """What :meth:`decode` does with the same arguments, for others to run."""
+        self._check_latent("decoding", latent)
+        if chunk_latents is not None and chunk_latents < 1:
+            raise ValueError(f"decoding: chunk_latents must be at least 1, got {chunk_latents}")
+        size = chunk_latents or latent.shape[2]
+        tiles = self._tiles((latent.shape[3], latent.shape[4]), tile_size, tile_overlap)
+        return self._coding(self.unnormalize(latent), False, (size, size), tiles)
+
+    def _coding(self, x: Tensor, encodes: bool, sizes: tuple[int, int], tiles: Tiles) -> Coding:
+        network, factor = self.encoder if encodes else self.decoder, self.frames_per_latent
+        units = (self.pixels_per_latent, 1) if encodes else (1, self.pixels_per_latent)
+
+        def chunks(frames: int) -> list[Span]:
+            stops = [*range(sizes[0], frames, sizes[1]), frames]
+            return list(zip([0, *stops], stops, strict=False))
+
+        return Coding(
+            x,
+            encodes,
+            network,
+            lambda x, stream: network(x, stream)[0],
+            chunks,
+            latents=lambda frames: (frames - 1) // factor + 1 if encodes else frames,
+            first_frame=lambda latent, frames: max(0, factor * (latent - 1) + 1),
+            tiles=len(tiles),
+            in_tiles=lambda step, x, each: run_tiled(x, tiles, step, in_unit=units[0], out_unit=units[1], each=each),
+        )
+
     def normalize(self, z: Tensor) -> Tensor:
         """``(z - shift) * scale`` per channel, computed in float32 at least."""
         shift, scale = self._statistics(z)
@@ -214,6 +254,18 @@ class CausalAutoencoder(PretrainedModel):
         return place_tiles(
             *cells, tile_size=tile_size, tile_overlap=tile_overlap, pixels_per_cell=self.pixels_per_latent
         )
+
+    def _check_chunks(self, where: str, video: Tensor, chunk_frames: int | None) -> int:
+        """Frames of the first chunk."""
+        self._check_video(where, video)
+        factor, frames = self.frames_per_latent, video.shape[2]
+        if (frames - 1) % factor:
+            raise ValueError(f"{where}: frames must be {factor}n + 1 (1, {factor + 1}, ...), got {frames}")
+        if chunk_frames is None:
+            return frames
+        if chunk_frames < factor or chunk_frames % factor:
+            raise ValueError(f"{where}: chunk_frames must be a positive multiple of {factor}, got {chunk_frames}")
+        return chunk_frames - factor + 1
 
     def _check_video(self, where: str, video: Tensor) -> None:
         side = self.pixels_per_latent

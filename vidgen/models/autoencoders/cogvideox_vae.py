@@ -17,7 +17,8 @@ from vidgen.checkpoints.hf import PretrainedModel
 
 from . import cogvideox_vae_checkpoint as keys
 from .causal import sample_latent, split_moments, step_of
-from .cogvideox_vae_batches import frame_batches, join
+from .coding import Coding
+from .cogvideox_vae_batches import first_frame, frame_batches, halved, join
 from .cogvideox_vae_config import CogVideoXVAEConfig
 from .cogvideox_vae_layers import FIXED_EPS, Downsample, GroupNorm, Level, ResnetBlock, SpatialNorm, Upsample
 from .cogvideox_vae_tiling import DiffusersTiling, run_diffusers_tiles
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x, stream)
         x = self.mid_block(x, stream)
-        return (self.conv_out(self.norm_out.silu(x, None), stream),)
+        return (self.conv_out(self.norm_out.silu(x, None, stream), stream),)
 
 
 class Decoder(nn.Module):
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z, stream), stream, z)
         for level in self.up_blocks:
             x = level(x, stream, z)
-        return (self.conv_out(self.norm_out.silu(x, z), stream),)
+        return (self.conv_out(self.norm_out.silu(x, z, stream), stream),)
 
 
 class AutoencoderKLCogVideoX(PretrainedModel):
@@ -129,10 +130,7 @@ class AutoencoderKLCogVideoX(PretrainedModel):
         """
         self.check("encode_moments", "video", video, self.config.in_channels, self.pixels_per_latent)
         frames, factor = video.shape[2], self.frames_per_latent
-        if chunk_frames is not None and (chunk_frames < factor or chunk_frames % factor):
-            raise ValueError(
-                f"encode_moments: chunk_frames must be a positive multiple of {factor} or None, got {chunk_frames}"
-            )
+        check_chunk_frames("encode_moments", chunk_frames, factor)
         spans = frame_batches(frames, frames if chunk_frames is None else chunk_frames)
         if diffusers_tiling is not None:
             refuse_both("encode_moments", tile_size, tile_overlap)
@@ -239,6 +237,71 @@ class AutoencoderKLCogVideoX(PretrainedModel):
         z = self.unnormalize(latent)
         yield from self.run(self.decoder, z, spans, tile_size, tile_overlap, out_unit=self.pixels_per_latent)
 
+    def encoding(
+        self,
+        video: Tensor,
+        *,
+        chunk_frames: int | None = ENCODED_FRAMES,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        diffusers_tiling: DiffusersTiling | None = None,
+    ) -> Coding:
+        """What :meth:`encode_moments` does with the same arguments, for others to run."""
+        self.check("encoding", "video", video, self.config.in_channels, self.pixels_per_latent)
+        check_chunk_frames("encoding", chunk_frames, self.frames_per_latent)
+        size = video.shape[2] if chunk_frames is None else chunk_frames
+        return self.coding(video, True, size, tile_size, tile_overlap, diffusers_tiling)
+
+    def decoding(
+        self,
+        latent: Tensor,
+        *,
+        chunk_latents: int | Sequence[int] = DECODED_LATENTS,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        diffusers_tiling: DiffusersTiling | None = None,
+    ) -> Coding:
+        """What :meth:`decode` does with the same arguments, for others to run."""
+        self.check("decoding", "latent", latent, self.config.latent_channels, 1)
+        return self.coding(self.unnormalize(latent), False, chunk_latents, tile_size, tile_overlap, diffusers_tiling)
+
+    def coding(
+        self,
+        x: Tensor,
+        encodes: bool,
+        batches: int | Sequence[int],
+        tile_size: int | None,
+        tile_overlap: int | None,
+        diffusers_tiling: DiffusersTiling | None,
+    ) -> Coding:
+        network, side, levels = (
+            self.encoder if encodes else self.decoder,
+            self.pixels_per_latent,
+            self.config.time_levels,
+        )
+        units = (side, 1) if encodes else (1, side)
+        cells = x.shape[3] // units[0], x.shape[4] // units[0]
+        tiles = place_tiles(*cells, tile_size=tile_size, tile_overlap=tile_overlap, pixels_per_cell=side)
+        around = None
+        if diffusers_tiling is not None:
+            refuse_both("encoding" if encodes else "decoding", tile_size, tile_overlap)
+            cuts = diffusers_tiling.cuts(self.config, encodes)
+            around = lambda code, x, each: iter((run_diffusers_tiles(x, code, cuts, each=each),))  # noqa: E731
+        frame_batches(x.shape[2], batches)  # raises now
+        return Coding(
+            x,
+            encodes,
+            network,
+            lambda x, stream: network(x, stream)[0],
+            lambda frames: frame_batches(frames, batches),
+            latents=lambda frames: halved(frames, levels)[-1] if encodes else frames,
+            first_frame=lambda i, frames: first_frame(i, halved(frames, levels)[:-1] if encodes else [frames] * levels),
+            independent=True,
+            tiles=len(tiles),
+            in_tiles=lambda step, x, each: run_tiled(x, tiles, step, in_unit=units[0], out_unit=units[1], each=each),
+            around=around,
+        )
+
     def run(
         self,
         network: nn.Module,
@@ -287,6 +350,11 @@ class AutoencoderKLCogVideoX(PretrainedModel):
         dtype = self.encoder.conv_in.conv.weight.dtype
         if x.dtype != dtype:
             raise ValueError(f"{where}: {name} must have the dtype of the weights, {dtype}, got {x.dtype}")
+
+
+def check_chunk_frames(where: str, chunk_frames: int | None, factor: int) -> None:
+    if chunk_frames is not None and (chunk_frames < factor or chunk_frames % factor):
+        raise ValueError(f"{where}: chunk_frames must be a positive multiple of {factor} or None, got {chunk_frames}")
 
 
 def refuse_both(where: str, tile_size: int | None, tile_overlap: int | None) -> None:

@@ -36,6 +36,25 @@ def sat_decode_batches(latents: int) -> list[int]:
     return [latents // count + (i < latents % count) for i in range(count)]
 
 
+def halved(frames: int, times: int) -> list[int]:
+    """So many frames, and how many are left of them each time that pairs become one, but for the first of an odd
+    number."""
+    counts = [frames]
+    for _ in range(times):
+        counts.append((counts[-1] + 1) // 2)
+    return counts
+
+
+def first_frame(latent: int, counts: Sequence[int]) -> int:
+    """Where in a batch latent frame ``latent`` begins, if the levels above it have ``counts`` frames.
+
+    It only matters whether they are odd: a decoder's levels are where the latent is.
+    """
+    for count in reversed(counts):
+        latent = max(0, 2 * latent - count % 2)
+    return latent
+
+
 def join(chunks: Iterator[Tensor], frames: int | None = None) -> Tensor:
     """The chunks along time. Where the number of frames is known, they are written into their place as they come."""
     if frames is None:

@@ -22,8 +22,8 @@ FIXED_EPS = 1e-6
 class GroupNorm(nn.GroupNorm):
     """GroupNorm and SiLU in one pass. It takes a latent for the decoder's sake and does not use it."""
 
-    def silu(self, x: Tensor, z: Tensor | None) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+    def silu(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
+        return stream.group_norm(self, x, silu=True)
 
 
 class SpatialNorm(nn.Module):
@@ -39,8 +39,8 @@ class SpatialNorm(nn.Module):
         self.conv_y = CausalConv3d(latent_channels, channels, 1)
         self.conv_b = CausalConv3d(latent_channels, channels, 1)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        y = self.norm_layer(x)
+    def forward(self, x: Tensor, z: Tensor, stream: Stream) -> Tensor:
+        y = stream.group_norm(self.norm_layer, x, silu=False)
         factor, offset = (
             ops.causal_conv3d(z, layer.conv.weight, layer.conv.bias) for layer in (self.conv_y, self.conv_b)
         )
@@ -48,9 +48,9 @@ class SpatialNorm(nn.Module):
             return torch.addcmul(enlarge(offset, x), y, enlarge(factor, x))
         return y.mul_(enlarge(factor, x)).add_(enlarge(offset, x))
 
-    def silu(self, x: Tensor, z: Tensor | None) -> Tensor:
+    def silu(self, x: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
         assert z is not None  # the decoder always has one
-        return F.silu(self(x, z), inplace=not torch.is_grad_enabled())
+        return F.silu(self(x, z, stream), inplace=not torch.is_grad_enabled())
 
 
 def enlarge(z: Tensor, like: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, stream: Stream, z: Tensor | None = None) -> Tensor:
-        y = self.conv1(self.norm1.silu(x, z), stream)
-        y = self.conv2(self.norm2.silu(y, z), stream)
+        y = self.conv1(self.norm1.silu(x, z, stream), stream)
+        y = self.conv2(self.norm2.silu(y, z, stream), stream)
         if self.conv_shortcut is not None:
             x = ops.causal_conv3d(x, self.conv_shortcut.weight, self.conv_shortcut.bias)
         return y + x
@@ -116,9 +116,10 @@ class Upsample(nn.Module):
         self.conv = FrameConv(channels, channels)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        if not self.time or x.shape[2] == 1:
+        still = stream.begins_with_still(x)
+        if not self.time or (still and x.shape[2] == 1):
             x = repeat(x, 1)
-        elif x.shape[2] % 2 == 0:
+        elif not still:
             x = repeat(x, 2)
         else:
             x = torch.cat([repeat(x[:, :, :1], 1), repeat(x[:, :, 1:], 2)], 2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cogvideox_vae_config import CogVideoXVAEConfig
+from .tiling import Each
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ class Cuts:
     allow_misaligned: bool = False
 
 
-def run_diffusers_tiles(x: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts) -> Tensor:
+def run_diffusers_tiles(x: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts, *, each: Each = map) -> Tensor:
     """Blend ``run(tile)`` over the tiles of ``x`` ``(B, C, T, H, W)``, or run it on all of ``x`` if that is one tile.
+
+    ``each`` calls ``run`` on all tiles; another than ``map`` may do so on several processes.
 
     Raises:
         ValueError: the pieces do not add up to the frame and are not allowed to.
@@ -92,13 +95,10 @@ def run_diffusers_tiles(x: Tensor, run: Callable[[Tensor], Tensor], cuts: Cuts) 
     height, width = x.shape[3:]
     if height <= cuts.size[0] and width <= cuts.size[1]:
         return run(x)
-    rows = [
-        [
-            run(x[:, :, :, top : top + cuts.size[0], left : left + cuts.size[1]])
-            for left in range(0, width, cuts.step[1])
-        ]
-        for top in range(0, height, cuts.step[0])
-    ]
+    tops, lefts = range(0, height, cuts.step[0]), range(0, width, cuts.step[1])
+    tiles = (x[:, :, :, top : top + cuts.size[0], left : left + cuts.size[1]] for top in tops for left in lefts)
+    results = each(run, tiles)
+    rows = [[next(results) for _ in lefts] for _ in tops]
     lines = []
     for i, row in enumerate(rows):
         pieces = []

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, T H W frames, height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -20,8 +21,11 @@ from vidgen.checkpoints.hf import CONFIG, PretrainedModel, from_pretrained
 
 from .blending import blend_frames, blend_tiles
 from .causal import sample_latent, split_moments
+from .coding import Coding, one_tile
 from .hunyuan_vae_config import DIFFUSERS_CLASS, PRESETS, HunyuanVAEConfig, preset
-from .hunyuan_vae_layers import NORM_EPS, CausalConv3d, Downsample, Level, MidBlock, Upsample, norm_silu
+from .hunyuan_vae_layers import NORM_EPS, CausalConv3d, Downsample, Level, MidBlock, Upsample
+from .streaming import Stream
+from .tiling import Each
 
 __all__ = ["PRESETS", "HunyuanVAE", "HunyuanVAEConfig", "kl_divergence", "preset"]
 
@@ -43,11 +47,13 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        stream = stream or Stream()
+        x = self.conv_in(x, stream)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
+            x = block(x, stream)
+        x = self.mid_block(x, stream)
+        return self.conv_out(stream.group_norm(self.conv_norm_out, x, silu=True), stream)
 
 
 class Decoder(nn.Module):
@@ -67,11 +73,12 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+    def forward(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        stream = stream or Stream()
+        x = self.mid_block(self.conv_in(z, stream), stream)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+            x = block(x, stream)
+        return self.conv_out(stream.group_norm(self.conv_norm_out, x, silu=True), stream)
 
 
 class HunyuanVAE(PretrainedModel):
@@ -192,11 +199,50 @@ class HunyuanVAE(PretrainedModel):
         else:
             yield self._tiled_in_space(self._decode_whole, z, config.latent_size, config.sample_size)
 
-    def _encode_whole(self, video: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(video))
+    def encoding(self, video: Tensor) -> Coding:
+        """What :meth:`encode_moments` does, for others to run."""
+        self._check("encoding: video", video, self.config.in_channels)
+        return self._coding(video, True)
 
-    def _decode_whole(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))
+    def decoding(self, latent: Tensor) -> Coding:
+        """What :meth:`decode` does, for others to run."""
+        config = self.config
+        self._check("decoding: latent", latent, config.latent_channels)
+        return self._coding(latent / config.scale_factor + config.shift_factor, False)
+
+    def _coding(self, x: Tensor, encodes: bool) -> Coding:
+        config, factor = self.config, self.frames_per_latent
+        pixels, cells = (config.sample_tsize, config.sample_size), (config.latent_tsize, config.latent_size)
+        size, out_size = (pixels, cells) if encodes else (cells, pixels)
+        code, overlap = self._encode_whole if encodes else self._decode_whole, config.tile_overlap_factor
+        tiled = config.use_spatial_tiling and max(x.shape[3:]) > size[1]
+        stride = int(size[1] * (1 - overlap))
+
+        def in_tiles(step: Callable[[int, Tensor], Tensor], x: Tensor, each: Each) -> Tensor:
+            # a tile has one chunk only, and so one Stream serves all
+            return blend_tiles(lambda tile: step(0, tile), x, size[1], out_size[1], overlap, each=each)
+
+        def around(code: Callable[[Tensor], Tensor], x: Tensor, each: Each) -> Iterator[Tensor]:
+            return blend_frames(code, x, size[0], out_size[0], overlap, each=each)
+
+        return Coding(
+            x,
+            encodes,
+            self.encoder if encodes else self.decoder,
+            code,
+            chunks=lambda frames: [(0, frames)],
+            latents=lambda frames: (frames - 1) // factor + 1 if encodes else frames,
+            first_frame=lambda latent, frames: max(0, factor * (latent - 1) + 1),
+            tiles=math.prod(len(range(0, length, stride)) for length in x.shape[3:]) if tiled else 1,
+            in_tiles=in_tiles if tiled else one_tile,
+            around=around if config.use_temporal_tiling and x.shape[2] > size[0] else None,
+        )
+
+    def _encode_whole(self, video: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.quant_conv(self.encoder(video, stream))
+
+    def _decode_whole(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.decoder(self.post_quant_conv(z), stream)
 
     def _tiled_in_space(self, code: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
         """``code(x)``, in tiles of ``size`` (``out_size`` in the result) where a side is larger."""

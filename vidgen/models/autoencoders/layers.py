@@ -35,8 +35,7 @@ class CausalConv3d(nn.Module):
     """Convolution that sees no later frame. Before the first frame stand copies of it; in space there are zeros.
 
     With kernel k and stride s in time, output n reads frames ``n s`` to ``n s + k - 1`` of the front and the video
-    together. After m outputs every frame from ``m s`` on is still needed and none before: these are kept, and stand in
-    front of the next chunk.
+    together. The frames that later outputs still need are kept, and stand in front of the next chunk.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0) -> None:
@@ -45,19 +44,14 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)  # holds the weights; the op computes
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        front = stream.recall(self)
-        y = ops.causal_conv3d(
+        return ops.causal_conv3d(
             x,
             self.conv.weight,
             self.conv.bias,
             stride=(self.stride,) * 3,
             spatial_padding=(self.padding,) * 2,
-            cache=front,
+            cache=stream.front(self, x, self.kernel, self.stride),
         )
-        frames = x.shape[2] + (self.kernel - 1 if front is None else front.shape[2])
-        if needed := frames - y.shape[2] * self.stride:
-            stream.keep_end(self, x, needed, front)
-        return y
 
 
 class FrameConv(nn.Conv2d):
@@ -83,35 +77,36 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 
-    def silu(self, x: Tensor) -> Tensor:
+    def silu(self, x: Tensor, stream: Stream) -> Tensor:
         """SiLU of the normalised ``x``."""
         return ops.layer_norm_silu(x, self.norm.weight, self.norm.bias, eps=NORM_EPS)
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, stream: Stream) -> Tensor:
         """The normalised ``x`` with its channels last, ``(batch, frames, height, width, channels)``."""
         return self.norm(x.permute(0, 2, 3, 4, 1))
 
 
 class VideoGroupNorm(nn.GroupNorm):
-    """GroupNorm over groups of channels and a whole video: its results depend on all frames, so it has no stream."""
+    """GroupNorm over groups of channels and a whole video: its results depend on all frames, so it has no chunks."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, eps=NORM_EPS)
 
-    def silu(self, x: Tensor) -> Tensor:
+    def silu(self, x: Tensor, stream: Stream) -> Tensor:
         """SiLU of the normalised ``x``."""
-        return ops.group_norm_silu(x, GROUPS, self.weight, self.bias, eps=NORM_EPS)
+        return stream.group_norm(self, x, silu=True)
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, stream: Stream) -> Tensor:
         """The normalised ``x`` with its channels last, ``(batch, frames, height, width, channels)``."""
-        return self(x).permute(0, 2, 3, 4, 1)
+        return stream.group_norm(self, x, silu=False).permute(0, 2, 3, 4, 1)
 
 
 class FrameGroupNorm(VideoGroupNorm):
     """GroupNorm of each frame by itself."""
 
-    def silu(self, x: Tensor) -> Tensor:
-        frames = super().silu(x.transpose(1, 2).flatten(0, 1))
+    def silu(self, x: Tensor, stream: Stream) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1)
+        frames = ops.group_norm_silu(frames, GROUPS, self.weight, self.bias, eps=NORM_EPS)
         return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
@@ -138,8 +133,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = self.conv1(self.norm1.silu(x), stream)
-        y = self.conv2(self.norm2.silu(y), stream)
+        y = self.conv1(self.norm1.silu(x, stream), stream)
+        y = self.conv2(self.norm2.silu(y, stream), stream)
         return y + (x if self.nin_shortcut is None else self.nin_shortcut(x, stream))
 
 
@@ -159,7 +154,7 @@ class FrameAttention(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         batch, channels, frames, height, width = x.shape
-        tokens = self.norm.tokens(x).reshape(batch * frames, height * width, 1, channels)
+        tokens = self.norm.tokens(x, stream).reshape(batch * frames, height * width, 1, channels)
         q, k, v = (_pointwise(layer, tokens) for layer in (self.q, self.k, self.v))
         y = _pointwise(self.proj_out, cast(Tensor, ops.attention(q, k, v))).view(batch, frames, height, width, channels)
         return x + y.permute(0, 4, 1, 2, 3)
@@ -211,7 +206,8 @@ class Upsample3D(nn.Module):
     centres: ``out[2i] = r[i-1]/4 + 3 r[i]/4`` and ``out[2i+1] = 3 r[i]/4 + r[i+1]/4``, with r[-1] = r[0] and
     r[n] = r[n-1]. So ``out[2i+1]`` must wait for frame i + 1 or for the end of the video. The last frame is kept;
     with it in front of the next chunk, all outputs between neighbouring frames are known, and those at the outer edge
-    of the chunk are wrong (they repeat the edge) and cut off, unless the edge is the video's own.
+    of the chunk are wrong (they repeat the edge) and cut off, unless the edge is the video's own. Where the next frame
+    is known after all, it stands behind the chunk, and its own two outputs are cut off.
     """
 
     def __init__(self, channels: int, *, t_interpolation: str = "trilinear") -> None:
@@ -220,18 +216,19 @@ class Upsample3D(nn.Module):
         self.conv = CausalConv3d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        previous, following = (None, None) if self.nearest else stream.neighbours(self, x)
         parts = []
         if stream.first:
             parts.append(_interpolate(x[:, :, :1], (1, 2, 2)))
             x = x[:, :, 1:]
-        previous = stream.recall(self)
         if x.shape[2] and self.nearest:
             parts.append(_interpolate(x, (1, 2, 2)).repeat_interleave(2, 2))
         elif x.shape[2]:
-            stream.keep(self, x[:, :, -1:])
-            doubled = _interpolate(x if previous is None else torch.cat((previous, x), 2), (2, 2, 2))
+            seen = [frames for frames in (previous, x, following) if frames is not None]
+            doubled = _interpolate(x if len(seen) == 1 else torch.cat(seen, 2), (2, 2, 2))
             start = None if previous is None else stream.given_of_previous
-            parts.append(doubled[:, :, start : None if stream.last else -1])
+            stop = None if stream.last else -1 if following is None else -2
+            parts.append(doubled[:, :, start:stop])
         return self.conv(parts[0] if len(parts) == 1 else torch.cat(parts, 2), stream)
 
 

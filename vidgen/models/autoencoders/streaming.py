@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vidgen import ops
 
 
 class Stream:
@@ -20,6 +23,9 @@ class Stream:
 
     The driver sets ``first`` and ``last`` for each chunk, and uses one Stream per video (and spatial tile). Nothing is
     stored in the modules, so several videos may pass through one model in turns.
+
+    Whatever a layer wants of frames other than its chunk's it asks its Stream for: a subclass that gets them from other
+    processes spreads the chunk over these.
     """
 
     def __init__(self) -> None:
@@ -42,6 +48,44 @@ class Stream:
         """Remember the last ``count`` frames of ``cat(before, x)``, see :func:`last_frames`."""
         if not self.last:
             self.keep(layer, last_frames(x, count, before))
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the chunk is known not to be the whole video."""
+        return not self.first
+
+    def front(self, layer: nn.Module, x: Tensor, kernel: int, stride: int) -> Tensor | None:
+        """What a causal convolution in time sees before ``x``; None at the start of a video.
+
+        With m outputs, every frame from ``m * stride`` on of the front and ``x`` together is still needed by the next
+        chunk and none before.
+        """
+        before = self.recall(layer)
+        frames = x.shape[2] + (kernel - 1 if before is None else before.shape[2])
+        if needed := frames - ((frames - kernel) // stride + 1) * stride:
+            self.keep_end(layer, x, needed, before)
+        return before
+
+    def neighbours(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The frame before ``x`` and the one after it, where they are known and the former is no still."""
+        previous = self.recall(layer)
+        if x.shape[2] > self.first:
+            self.keep(layer, x[:, :, -1:])
+        return previous, None
+
+    def with_earlier(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Each ``(batch, tokens, ...)`` behind those of all earlier frames of the chunk."""
+        return tokens
+
+    def begins_with_still(self, x: Tensor) -> bool:
+        """Whether the first frame of ``x`` is a still, where chunks of an odd number of frames begin with one."""
+        return x.shape[2] % 2 == 1
+
+    def group_norm(self, norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+        """``norm`` over all frames of the chunk, and SiLU of it in the same pass."""
+        if silu:
+            return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
+        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def last_frames(x: Tensor, count: int, before: Tensor | None) -> Tensor:

@@ -7,11 +7,13 @@ attention is confined to the tile. Frames that fit into one tile are computed ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Each = Callable[..., Iterator[Tensor]]  # of the signature of map
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,12 @@ def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in starts]
 
 
-def run_tiled(x: Tensor, tiles: Tiles, step: Callable[[int, Tensor], Tensor], *, in_unit: int, out_unit: int) -> Tensor:
+def run_tiled(
+    x: Tensor, tiles: Tiles, step: Callable[[int, Tensor], Tensor], *, in_unit: int, out_unit: int, each: Each = map
+) -> Tensor:
     """Blend ``step(i, x's tile i)`` over all tiles; a cell is ``in_unit`` wide in x and ``out_unit`` in the result.
+
+    ``each`` calls ``step`` on all tiles; another than ``map`` may do so on several processes.
 
     Each tile is weighted by a ramp that rises over its overlaps, and the sum is divided by the sum of weights, both in
     float32, so that the result is continuous across tile borders.
@@ -76,8 +82,10 @@ def run_tiled(x: Tensor, tiles: Tiles, step: Callable[[int, Tensor], Tensor], *,
     total: Tensor | None = None
     weights = torch.zeros(tiles.rows[-1][1] * out_unit, tiles.columns[-1][1] * out_unit, device=x.device)
     places = [(row, column) for row in tiles.rows for column in tiles.columns]
-    for index, ((top, bottom), (left, right)) in enumerate(places):
-        y = step(index, x[..., top * in_unit : bottom * in_unit, left * in_unit : right * in_unit])
+    cut = (x[..., top * in_unit : bottom * in_unit, a * in_unit : b * in_unit] for (top, bottom), (a, b) in places)
+    results = each(step, range(len(places)), cut)
+    for (top, bottom), (left, right) in places:
+        y = next(results)
         if total is None:
             total = y.new_zeros((*y.shape[:3], *weights.shape), dtype=torch.float32)
         height = _ramp(top > 0, bottom < tiles.rows[-1][1], y.shape[-2], tiles.overlap * out_unit, x.device)

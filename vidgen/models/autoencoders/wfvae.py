@@ -19,6 +19,7 @@ from vidgen.checkpoints.hf import load_state_dict
 
 from . import wfvae_checkpoint
 from .causal import RGB, CausalAutoencoder, sample_latent, split_moments
+from .coding import Coding
 from .layers import (
     CausalConv3d,
     Chain,
@@ -41,6 +42,7 @@ from .wfvae_config import PRESETS, WFVAEConfig, preset
 __all__ = ["PRESETS", "WFVAE", "WFVAEConfig", "WFVAEOutput", "preset", "sample_latent", "split_moments"]
 
 BANDS = 8 * RGB
+NO_CHUNKS = "WFVAE: norm_type 'groupnorm' normalises over all frames, so that a video cannot be chunked"
 
 
 def level_1(config: WFVAEConfig) -> tuple[bool, int]:
@@ -85,7 +87,7 @@ class Encoder(nn.Module):
         x = self.down1(bands0, stream)
         x = self.down2(torch.cat((x, self.connect_l1(bands1, stream)), 1), stream)
         x = self.mid(torch.cat((x, self.connect_l2(bands2, stream)), 1), stream)
-        return self.conv_out(self.norm_out.silu(x), stream), (bands1, bands2)
+        return self.conv_out(self.norm_out.silu(x, stream), stream), (bands1, bands2)
 
 
 class Decoder(nn.Module):
@@ -138,15 +140,15 @@ class Decoder(nn.Module):
         bands1 = add_to_low_band(self.connect_l1(flow, stream), low1, self.delay_l2, stream)
         x = self.layer(self.up1(x, stream), stream)
         low0 = self.inverse_wavelet_transform_l1(bands1, stream)
-        bands0 = self.conv_out(self.norm_out.silu(x), stream)
+        bands0 = self.conv_out(self.norm_out.silu(x, stream), stream)
         bands0 = add_to_low_band(bands0, low0, self.delay_l1, stream)
         return self.inverse_wavelet_transform_out(bands0, stream), (bands1, bands2)
 
 
 def require_whole_video(norm: nn.Module, stream: Stream) -> None:
     """Raise ValueError for a second chunk, which norms over whole videos do not allow."""
-    if isinstance(norm, VideoGroupNorm) and not stream.first:
-        raise ValueError("WFVAE: norm_type 'groupnorm' normalises over all frames, so that a video cannot be chunked")
+    if isinstance(norm, VideoGroupNorm) and stream.chunked:
+        raise ValueError(NO_CHUNKS)
 
 
 def add_to_low_band(bands: Tensor, low: Tensor, delay: Delay, stream: Stream) -> Tensor:
@@ -214,6 +216,12 @@ class WFVAE(CausalAutoencoder):
         mean, logvar = split_moments(moments)
         reconstruction, decoder_bands = self.decode_with_bands(sample_latent(mean, logvar, noise, generator))
         return WFVAEOutput(reconstruction, mean, logvar, encoder_bands, decoder_bands)
+
+    def _coding(self, x: Tensor, *arguments: Any) -> Coding:
+        coding = super()._coding(x, *arguments)
+        if self.config.norm_type == "groupnorm" and len(coding.chunks(x.shape[2])) > 1:
+            raise ValueError(NO_CHUNKS)
+        return coding
 
     def encode_with_bands(self, video: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Moments, and the wavelet bands of level 1 and 2 that the encoder saw."""

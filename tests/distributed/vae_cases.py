@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of pool.py run for test_vae.py: tiny autoencoders on one process and on all of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config, wfvae_config
+from vidgen.models.autoencoders.cogvideox_vae import AutoencoderKLCogVideoX, DiffusersTiling
+from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE
+from vidgen.models.autoencoders.layers import FrameConv
+from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.parallel.vae import frame_shares, parallel_decode, parallel_decode_stream, parallel_encode
+
+Group = dist.ProcessGroup
+SIDE = 8  # pixels of a latent cell, of all of them
+
+
+def make_vae(system: str, **changes: Any) -> Any:
+    """Tiny, with biases and norms that show, the same on all ranks."""
+    torch.manual_seed(0)
+    if system == "cogvideox":
+        vae: nn.Module = AutoencoderKLCogVideoX(cogvideox_vae_config.preset("tiny", **changes))
+    elif system == "hunyuan":
+        vae = HunyuanVAE(hunyuan_vae_config.preset("tiny", **changes))
+    else:
+        vae = WFVAE(wfvae_config.preset({"wfvae": "tiny", "wfvae_4x8x8": "tiny_4x8x8"}[system], **changes))
+    with torch.no_grad():
+        for p in vae.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+    return vae.eval().requires_grad_(False)
+
+
+def draw(vae: Any, kind: str, frames: int, size: tuple[int, int], batch: int) -> Tensor:
+    """A video or a latent of ``size`` cells, whose frames differ in mean and spread, as statistics must notice."""
+    generator = torch.Generator().manual_seed(frames)
+    video = kind == "encode"
+    channels = 3 if video else (getattr(vae.config, "latent_channels", None) or vae.config.latent_dim)
+    unit = SIDE if video else 1
+    x = torch.randn(batch, channels, frames, size[0] * unit, size[1] * unit, generator=generator)
+    gain, offset = torch.rand(2, batch, 1, frames, 1, 1, generator=generator)
+    return (x * (0.5 + gain) + offset).clamp(-1, 1) if video else x * (0.5 + gain) + offset
+
+
+def alone(vae: Any, kind: str, x: Tensor, options: dict[str, Any]) -> Tensor:
+    return vae.encode_moments(x, **options) if kind == "encode" else vae.decode(x, **options)
+
+
+def together(vae: Any, kind: str, x: Tensor, group: Group, **options: Any) -> Tensor:
+    return (parallel_encode if kind == "encode" else parallel_decode)(vae, x, group, **options)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape)
+    return float((a - b).abs().max() / max(1.0, float(b.abs().max()))) if b.numel() else 0.0
+
+
+def errors(
+    group: Group,
+    system: str,
+    kind: str,
+    counts: list[int],
+    *,
+    size: tuple[int, int] = (1, 2),
+    batch: int = 1,
+    split: str = "frames",
+    options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> dict[int, float]:
+    """For each number of frames, how far the whole result, the shares and rank 0's stream are from one process."""
+    vae, options, found = make_vae(system, **changes), options or {}, {}
+    for frames in counts:
+        x = draw(vae, kind, frames, size, batch)
+        wanted = alone(vae, kind, x, options)
+        found[frames] = difference(together(vae, kind, x, group, split=split, **options), wanted)
+        number = {"frames" if kind == "encode" else "latents": frames}
+        share = frame_shares(vae, dist.get_world_size(group), **number, **options)[dist.get_rank(group)]
+        start, stop = share.latents if kind == "encode" else share.frames
+        own = together(vae, kind, x, group, gather=False, split=split, **options)
+        found[frames] = max(found[frames], difference(own, wanted[:, :, start:stop]))
+        if kind == "decode":
+            pieces = list(parallel_decode_stream(vae, x, group, split=split, **options))
+            assert bool(pieces) == (dist.get_rank(group) == 0)
+            found[frames] = max(found[frames], difference(torch.cat(pieces, 2), wanted) if pieces else 0.0)
+    return found
+
+
+def diffusers_errors(group: Group, **arguments: Any) -> dict[int, float]:
+    tiling = DiffusersTiling(height=32, width=32, overlap_height=0.25, overlap_width=0.25)
+    return errors(group, "cogvideox", options={"diffusers_tiling": tiling}, **arguments)
+
+
+@contextmanager
+def frames_seen(vae: nn.Module) -> Iterator[dict[str, int]]:
+    """The most frames that each convolution gets in one call."""
+    seen: dict[str, int] = {}
+    hooks = []
+    for name, module in vae.named_modules():
+        if hasattr(module, "conv") or isinstance(module, FrameConv):
+
+            def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                seen[name] = max(seen.get(name, 0), inputs[0].shape[2])
+
+            hooks.append(module.register_forward_pre_hook(note))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def most_frames(group: Group, system: str, kind: str, frames: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Frames that the busiest convolution of this rank sees, and of one process."""
+    vae = make_vae(system)
+    x = draw(vae, kind, frames, (1, 1), 1)
+    with frames_seen(vae) as whole:
+        alone(vae, kind, x, {} if system != "cogvideox" else whole_clip(kind, frames))
+    with frames_seen(vae) as shared:
+        together(vae, kind, x, group, gather=False, **options)
+    return max(shared.values()), max(whole.values())
+
+
+def whole_clip(kind: str, frames: int) -> dict[str, Any]:
+    """The CogVideoX VAE's options for a clip that is one batch."""
+    return {"chunk_frames": None} if kind == "encode" else {"chunk_latents": [frames]}
+
+
+def refusals(group: Group) -> dict[str, str]:
+    """What each kind of wrong call says on this rank."""
+    vae, rank, found = make_vae("wfvae"), dist.get_rank(group), {}
+    latent = draw(vae, "decode", 2, (1, 1), 1)
+    needy = make_vae("wfvae").requires_grad_(True)
+    calls = {
+        "one rank's input": lambda: parallel_decode(vae, latent[:, : 4 - (rank == 1)], group),
+        "one rank's number of frames": lambda: parallel_decode(vae, latent[:, :, : 2 - (rank == 1)], group),
+        "one rank's option": lambda: parallel_decode(vae, latent, group, chunk_latents=1 + (rank == 1)),
+        "gradient": lambda: parallel_decode(needy, latent, group),
+        "split": lambda: parallel_decode(vae, latent, group, split="both"),
+        "unknown option": lambda: parallel_decode(vae, latent, group, chunks=1),
+        "chunks of a norm over all frames": lambda: parallel_decode(
+            make_vae("wfvae", norm_type="groupnorm", **WIDE), latent, group, chunk_latents=1
+        ),
+        "shares": lambda: frame_shares(vae, 2, frames=9, latents=2),
+        "stream": lambda: parallel_decode_stream(vae, latent[0], group),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            found[name] = str(error)
+    with torch.no_grad():  # as pipelines call it, whatever the weights want
+        assert not parallel_decode(needy, latent, group).requires_grad
+    return found
+
+
+WIDE = {"base_channels": 32, "encoder_energy_flow_hidden_size": 32, "decoder_energy_flow_hidden_size": 32}
+
+
+def bfloat16(group: Group, system: str, kind: str, frames: int) -> tuple[float, float]:
+    """How far one process and all ranks are from float32, in bfloat16."""
+    vae = make_vae(system)
+    x = draw(vae, kind, frames, (2, 1), 1)
+    truth = alone(vae, kind, x, {})
+    vae, x = vae.bfloat16(), x.bfloat16()
+    results = alone(vae, kind, x, {}), together(vae, kind, x, group)
+    one, many = ((y.float() - truth).square().mean().sqrt().item() for y in results)
+    return one, many

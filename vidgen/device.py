@@ -73,6 +73,28 @@ def communication_backend(device: torch.device) -> str:
     return COMMUNICATION[device.type]
 
 
+def communication_backends(device: torch.device) -> str:
+    """The same, with one for tensors on the host beside that of the device."""
+    own = communication_backend(device)
+    return own if device.type == "cpu" else f"cpu:{COMMUNICATION['cpu']},{device.type}:{own}"
+
+
+def of_process(name: str, local_rank: int) -> torch.device:
+    """The device of one of several processes on a machine, made the current one: that of its number, unless the name
+    says which.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    device = resolve(name)
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        device = resolve(f"{device.type}:{local_rank}")
+    _module(device.type).set_device(device)
+    return device
+
+
 def why_not_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the device does not train and sample in this dtype, or None where it does.
 

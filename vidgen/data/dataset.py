@@ -157,17 +157,29 @@ class ShuffledSampler(Sampler[int]):
     Sample number n, counted from 0 over the whole run, has the index ``epoch * length + clip`` with
     ``epoch = n // length``, which is what `ClipDataset` takes. The only state is a number: a run that has used n
     samples goes on exactly with ``start=n``. (Data workers read ahead: count the samples used, not those handed out.)
+
+    Args:
+        length: clips of an epoch.
+        start: number of the first sample.
+        batch, stride: of every ``stride`` batches of ``batch`` samples, only the first one comes: what is left belongs
+            to other processes, which begin ``batch`` samples later each.
     """
 
-    def __init__(self, length: int, seed: int = 0, start: int = 0) -> None:
+    def __init__(self, length: int, seed: int = 0, start: int = 0, *, batch: int = 1, stride: int = 1) -> None:
         if length < 1 or start < 0:
             raise ValueError(f"ShuffledSampler: length must be positive, start not negative, got {length} and {start}")
+        if batch < 1 or stride < 1:
+            raise ValueError(f"ShuffledSampler: batch and stride must be positive, got {batch} and {stride}")
         self.length, self.seed, self.start = length, seed, start
+        self.batch, self.stride = batch, stride
 
     def __iter__(self) -> Iterator[int]:
-        epoch, position = divmod(self.start, self.length)
+        order, of_epoch, first = [0], -1, self.start
         while True:
-            order = torch.randperm(self.length, generator=_generator("order", self.seed, epoch))
-            for clip in order[position:].tolist():
-                yield epoch * self.length + clip
-            epoch, position = epoch + 1, 0
+            for number in range(first, first + self.batch):
+                epoch, position = divmod(number, self.length)
+                if epoch != of_epoch:
+                    order = torch.randperm(self.length, generator=_generator("order", self.seed, epoch)).tolist()
+                    of_epoch = epoch
+                yield epoch * self.length + order[position]
+            first += self.batch * self.stride

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 DIMS = ("pipeline", "replicate", "shard", "ring", "ulysses", "tensor")
 Order = Literal["ulysses_inner", "ring_inner"]
@@ -125,21 +126,22 @@ class Layout:
         self.fsdp_mesh = flat(mesh, ("shard", *inner), "fsdp")  # a sharded parameter
         self.data_mesh = flat(mesh, ("replicate", "shard"), "data")  # different samples
         self.all_replicas_mesh = flat(mesh, ("replicate", "shard", *inner), "all_replicas")  # of one part
+        self.world_mesh = flat(mesh, names, "world")
 
     @classmethod
-    def create(cls, parallel: Parallel, device_type: str = "cpu", world: int | None = None) -> Layout:
-        """The layout of the default process group.
+    def create(cls, parallel: Parallel, device_type: str = "cpu", ranks: Sequence[int] | None = None) -> Layout:
+        """The layout of the default process group, or of some of its ranks; all of them call this all the same.
 
         Raises:
             ValueError: the sizes do not fit the number of processes.
         """
-        sizes = parallel.sizes(dist.get_world_size() if world is None else world)
-        dims = mesh_dims(parallel.order)
-        mesh = init_device_mesh(device_type, tuple(sizes[name] for name in dims), mesh_dim_names=dims)
+        members = torch.arange(dist.get_world_size()) if ranks is None else torch.tensor(ranks)
+        sizes, dims = parallel.sizes(len(members)), mesh_dims(parallel.order)
+        mesh = DeviceMesh(device_type, members.view([sizes[name] for name in dims]), mesh_dim_names=dims)
         return cls(mesh, order=parallel.order, window=parallel.window)
 
     def rank(self, dim: str) -> int:
-        """This process's place along a dimension, or along ``context``, ``sequence``, ``fsdp``, ``data``."""
+        """This process's place along a dimension, or along ``context``, ``sequence``, ``fsdp``, ``data``, ``world``."""
         return int(self._mesh_of(dim).get_local_rank())
 
     def size(self, dim: str) -> int:

@@ -9,13 +9,16 @@ They differ in what happens then: ``AdaptiveGradientClipping`` scales the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vidgen.parallel.layout import Layout
+from vidgen.parallel.sharding import is_cut, local
 
 EXTREME_NORM = 5.0  # a norm below this never counts as extreme, however calm the steps before it
 
@@ -105,20 +108,28 @@ class AdaptiveGradientClipping(_NormStatistics):
     Args:
         decay: delta, 0.99 in the release.
         reproduce_original: never ask to skip; ``stop`` becomes and stays True after an extreme step.
+        norm: of gradients that are spread over processes, see :func:`norm_over`; the same number on all of them.
 
     Raises:
         ValueError: ``decay`` outside (0, 1); no gradients.
     """
 
-    def __init__(self, decay: float = 0.99, *, reproduce_original: bool = False) -> None:
+    def __init__(
+        self,
+        decay: float = 0.99,
+        *,
+        reproduce_original: bool = False,
+        norm: Callable[[list[Tensor]], float] | None = None,
+    ) -> None:
         super().__init__(decay)
         self.reproduce_original = reproduce_original
+        self.norm = norm or gradient_norm
 
     @torch.no_grad()
     def __call__(self, parameters: Iterable[Tensor]) -> ClippingResult:
         """Clip the gradients in place; every rank must call this, and all get the same result."""
         grads = _gradients(parameters)
-        norm = gradient_norm(grads)
+        norm = self.norm(grads)
         finite = math.isfinite(norm)
         if self.average is None:
             return self._first(norm, finite)
@@ -131,8 +142,8 @@ class AdaptiveGradientClipping(_NormStatistics):
             self.observe(norm)
         elif norm <= limit:
             coefficient = norm / threshold
-            torch._foreach_mul_(grads, 1 / (coefficient + 1e-6))
-            norm_after = gradient_norm(grads)
+            torch._foreach_mul_([local(g) for g in grads], 1 / (coefficient + 1e-6))
+            norm_after = self.norm(grads)
         return self._result(norm, norm_after, threshold, coefficient, finite, extreme)
 
     def _first(self, norm: float, finite: bool) -> ClippingResult:
@@ -234,10 +245,32 @@ class PerRankGradientClipping(_NormStatistics):
 
 def gradient_norm(grads: list[Tensor]) -> float:
     """L2 norm of all gradients together, accumulated in float32; sharded (DTensor) gradients count over all ranks."""
-    # sum() adds pairwise; vector_norm adds in sequence and is off by 4e-4 after ten million elements on a CPU
-    squares = [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in grads]
-    total = torch.stack(squares).sum()
+    total = torch.stack([_squares(grad) for grad in grads]).sum()
     return math.sqrt(float(total.full_tensor() if hasattr(total, "full_tensor") else total))
+
+
+def norm_over(layout: Layout) -> Callable[[list[Tensor]], float]:
+    """A :func:`gradient_norm` over all processes of a layout, the same number on each; all of them call it.
+
+    A gradient that several ranks hold alike counts once: those of replicas, and those that ``tensor`` ranks do not cut.
+    Stages of a pipeline each bring their own.
+    """
+
+    def norm(grads: list[Tensor]) -> float:
+        whole, cut = (
+            [_squares(local(g)) for g in grads if is_cut(g, "tensor") is is_piece] for is_piece in (False, True)
+        )
+        sums = [float(torch.stack(squares).sum()) if squares else 0.0 for squares in (whole, cut)]
+        total = torch.tensor(sums[0] / layout.size("tensor") + sums[1], dtype=torch.float64) / layout.size("replicate")
+        dist.all_reduce(total, group=layout.group("world"))
+        return math.sqrt(float(total))
+
+    return norm
+
+
+def _squares(grad: Tensor) -> Tensor:
+    # sum() adds pairwise; vector_norm adds in sequence and is off by 4e-4 after ten million elements on a CPU
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

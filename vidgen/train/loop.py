@@ -14,7 +14,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,22 @@ from torch import Tensor
 
 from vidgen import __version__, config
 from vidgen import device as devices
+from vidgen.checkpoints.distributed import is_distributed
 from vidgen.io import lock_directory, read_json, write_json
+from vidgen.parallel import Layout
+from vidgen.parallel.sharding import gather, local, reduce_over_replicas, sum_over_tensor
 
-from . import checkpoint
+from . import checkpoint, sharded_checkpoint
 from .errors import TrainingStopped
-from .gradient_clipping import AdaptiveGradientClipping, gradient_norm
+from .gradient_clipping import AdaptiveGradientClipping, gradient_norm, norm_over
 from .metrics import METRICS, MetricsLog, Progress, plot_loss, read_metrics
 from .optimizer import EMAAdamW
 from .profile import StepProfiler
+from .ranks import Ranks, join, tried
 from .recipe import Optimizer, Recipe
+from .sharded_checkpoint import Outcome, Saver
+from .sharded_model import build_sharded, build_unfilled
+from .sharded_optimizer import ShardedEMAAdamW
 from .tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
@@ -45,13 +53,18 @@ FIXED = (
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
 
 
-def train(recipe: Recipe, *, resume: str = "auto", profile_steps: int = 0) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: str = "auto", profile_steps: int = 0, layout: Layout | None = None
+) -> dict[str, Any]:
     """Train as the recipe says and return the report, which is also written as ``report.json``.
+
+    Under torchrun, or with a section ``parallel``, all processes of the run call this; see `vidgen.train.ranks`.
 
     Args:
         resume: "auto" goes on from the newest checkpoint of ``recipe.output`` that verifies, or begins; "none" begins
             and refuses a folder that holds checkpoints; a path goes on from that checkpoint.
         profile_steps: this many steps are traced into the folder ``profile`` of the run.
+        layout: of processes that have a group already; all of its ranks call this.
 
     Returns:
         The report; ``"finished"`` is False where SIGTERM ended the run, after a checkpoint.
@@ -62,12 +75,39 @@ def train(recipe: Recipe, *, resume: str = "auto", profile_steps: int = 0) -> di
         vidgen.data.dataset.BrokenClipsError: too many clips are broken.
         TrainingStopped: three steps in a row were not finite, or three saves in a row failed.
     """
-    with lock_directory(recipe.output), _sigterm() as terminated:
-        run = _Run(recipe, resume)
-        try:
-            return run.train(terminated, profile_steps)
-        finally:
-            run.close()
+    with join(recipe.parallel, recipe.device, layout) as (ranks, device), contextlib.ExitStack() as stack:
+        if len({repr(config.to_dict(recipe)) for recipe in ranks.gather(recipe)}) > 1:
+            raise ValueError("train: recipe must be the same on all processes")
+        ranks.on_first(lambda: stack.enter_context(lock_directory(recipe.output)))
+        terminated = stack.enter_context(_sigterm())
+        run = _Run(recipe, resume, ranks, device)
+        stack.callback(run.close)
+        return run.train(terminated, profile_steps)
+
+
+def forward_backward(
+    task: Task, batches: list[dict[str, Any]], seeds: list[int], divisor: int, layout: Layout | None
+) -> tuple[float, dict[str, float]]:
+    """Forward and backward passes of this process's micro-steps; gradients are added to those of the parameters.
+
+    Args:
+        batches, seeds: of each micro-step, what it is of and where its draws come from.
+        divisor: what the loss of a micro-step is divided by, so that sums over micro-steps, replicas and the ranks of a
+            sequence are means.
+
+    Returns:
+        The mean loss of these micro-steps, and of its terms.
+    """
+    loss, parts = 0.0, dict[str, float]()
+    for micro_step, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+        value, terms = task.loss(batch, torch.Generator().manual_seed(seed))
+        if layout is not None:
+            reduce_over_replicas(task.model, last=micro_step + 1 == len(batches))
+        (value / divisor).backward()
+        loss += float(value.detach()) / len(batches)
+        for name, term in terms.items():
+            parts[name] = parts.get(name, 0.0) + float(term) / len(batches)
+    return loss, parts
 
 
 def step_seed(seed: int, step: int, micro_step: int = 0) -> int:
@@ -104,32 +144,57 @@ def _sigterm() -> Iterator[threading.Event]:
 class _Run:
     """Everything that a run holds between its steps."""
 
-    def __init__(self, recipe: Recipe, resume: str) -> None:
+    def __init__(self, recipe: Recipe, resume: str, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.output = recipe, Path(recipe.output)
-        self.device = devices.resolve(recipe.device)
-        found = checkpoint.find_checkpoint(self.output, resume)
-        checkpoint.remove_unfinished(self.output)
+        self.ranks, self.layout, self.device = ranks, ranks.layout, device
+        # Background writing may not share a group with training.
+        self.file_groups = None if ranks.layout is None else sharded_checkpoint.own_groups(ranks=ranks.members)
+        found = sharded_checkpoint.find(self.output, resume, self.file_groups and self.file_groups[1])
+        ranks.on_first(lambda: checkpoint.remove_unfinished(self.output))
         torch.manual_seed(recipe.seed)
-        self.task: Task = build_task(recipe, self.device, weights=found and found / "model")
-        self.parameters = [p for p in self.task.model.parameters() if p.requires_grad]
-        for p in self.parameters:
-            p.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the weights are
+        self.task: Task = ranks.together(lambda: self._build_task(found))
+        trained = {name: p for name, p in self.task.model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
         options = recipe.optimizer
-        self.optimizer = EMAAdamW(
-            self.parameters,
-            options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            ema_decay=options.ema_decay,
-        )
-        self.clipping = AdaptiveGradientClipping(recipe.clipping.decay)
+        hyperparameters: dict[str, Any] = {
+            "lr": options.lr,
+            "betas": options.betas,
+            "eps": options.eps,
+            "weight_decay": options.weight_decay,
+            "ema_decay": options.ema_decay,
+        }
+        if self.layout is None:
+            for p in self.parameters:
+                p.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the weights are
+            self.optimizer: EMAAdamW | ShardedEMAAdamW = EMAAdamW(self.parameters, **hyperparameters)
+            self.norm: Callable[[list[Tensor]], float] = gradient_norm
+        else:
+            split = recipe.parallel is None or recipe.parallel.shard_optimizer
+            self.optimizer = ShardedEMAAdamW(trained, self.layout, shard_over_replicas=split, **hyperparameters)
+            self.norm = norm_over(self.layout)
+        self.clipping = AdaptiveGradientClipping(recipe.clipping.decay, norm=self.norm)
         self.step, self.skipped, self.skipped_in_row, self.failed_saves = 0, 0, 0, 0
         if found is not None:
             self._load(found)
-        config.save(recipe, self.output / "config.yaml")
-        self.log = MetricsLog(self.output / METRICS, last_step=self.step)
-        self.samples = self.task.samples(start=self.step * recipe.training.batch_size * recipe.training.accumulation)
+        ranks.on_first(lambda: config.save(recipe, self.output / "config.yaml"))
+        self.log = ranks.together(
+            lambda: MetricsLog(self.output / METRICS, last_step=self.step) if ranks.is_first else None
+        )
+        batch, used = recipe.training.batch_size, self.step * recipe.training.accumulation * ranks.data_ranks
+        first = (used + ranks.data_rank) * batch
+        self.samples = ranks.together(lambda: self.task.samples(first, stride=ranks.data_ranks))
+        self.broken = set(self.task.dataset.broken)
+        self.saver: Saver | None = None
+        if ranks.layout is not None:
+            keep = recipe.training.keep_checkpoints
+            self.saver = Saver(self.output, keep=keep, groups=self.file_groups)
+
+    def _build_task(self, found: Path | None) -> Task:
+        if self.layout is not None:
+            return build_task(self.recipe, self.device, found, partial(build_sharded, ranks=self.ranks))
+        if found is not None and is_distributed(found):
+            return build_task(self.recipe, self.device, found, build_unfilled)
+        return build_task(self.recipe, self.device, found and found / "model")
 
     # Checkpoints
 
@@ -140,7 +205,16 @@ class _Run:
             raise ValueError(f"resume: {folder} was trained with another recipe: {'; '.join(fixed)}")
         for text in changes.values():
             logger.warning("going on with a changed recipe: %s", text)
-        checkpoint.load_optimizer(self.optimizer, folder)
+        if isinstance(self.optimizer, ShardedEMAAdamW):
+            tensors = self.optimizer.full_state()
+            control = self.file_groups and self.file_groups[1]
+            groups = sharded_checkpoint.load(folder, self.task.model, tensors, group=control, verified=True)
+            self.optimizer.load_full_state(tensors)
+            self.optimizer.load_group_options(groups)
+        elif is_distributed(folder):
+            sharded_checkpoint.load_one_process(folder, self.task.model, self.optimizer, verified=True)
+        else:
+            checkpoint.load_optimizer(self.optimizer, folder)
         state = checkpoint.load_state(folder, self.device)
         self.step, self.skipped, self.skipped_in_row = state["step"], state["skipped"], state["skipped_in_row"]
         self.clipping.load_state_dict(state["clipping"])
@@ -148,11 +222,14 @@ class _Run:
         logger.warning("going on from %s", folder)
 
     def _fill(self, folder: Path) -> None:
-        self.task.save(folder / "model")
-        if self.recipe.optimizer.ema_decay is not None:
-            with self.optimizer.use_ema():
-                self.task.save(folder / "ema")
-        checkpoint.save_optimizer(self.optimizer, folder)
+        if isinstance(self.optimizer, ShardedEMAAdamW):
+            sharded_checkpoint.write_small_files(folder, self.task.model, self.optimizer.param_groups)
+        else:
+            self.task.save(folder / "model")
+            if self.recipe.optimizer.ema_decay is not None:
+                with self.optimizer.use_ema():
+                    self.task.save(folder / "ema")
+            checkpoint.save_optimizer(self.optimizer, folder)
         state = {
             "step": self.step,
             "skipped": self.skipped,
@@ -166,20 +243,48 @@ class _Run:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint. A failure is noted and the run goes on; too many in a row end it."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in self.parameters)
+        if any(self.ranks.any(not finite)):
             raise TrainingStopped(f"step {self.step}: the weights are not finite; the last checkpoint is kept")
-        options = self.recipe.training
+        if self.saver is not None:
+            self._save_in_background(self.saver, progress)
+            return
+        path, error = None, None
         try:
-            path = checkpoint.save_checkpoint(self.output, self.step, self._fill, keep=options.keep_checkpoints)
-        except OSError as error:
+            keep = self.recipe.training.keep_checkpoints
+            path = checkpoint.save_checkpoint(self.output, self.step, self._fill, keep=keep)
+        except OSError as problem:
+            error = str(problem)
+        self._saved(progress, self.step, path, error)
+
+    def _save_in_background(self, saver: Saver, progress: Progress) -> None:
+        """Copy what is to be saved and let it be written while training goes on; the last checkpoint is waited for."""
+        assert isinstance(self.optimizer, ShardedEMAAdamW)
+        self._note_saved(progress, saver.wait())
+        last = self.step >= self.recipe.training.steps
+        averaged, dtype = self.recipe.optimizer.ema_decay is not None, self.task.dtype
+        saver.start(
+            self.step,
+            sharded_checkpoint.snapshot(self.task.model, self.optimizer.full_state("cpu")),
+            self._fill,
+            partial(sharded_checkpoint.export, ema=averaged, dtype=dtype) if last else None,
+        )
+
+    def _note_saved(self, progress: Progress, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._saved(progress, outcome.step, outcome.path, outcome.error)
+
+    def _saved(self, progress: Progress, step: int, path: Path | None, error: str | None) -> None:
+        if error is not None:
             self.failed_saves += 1
-            progress.note(f"checkpoint at step {self.step} failed and was removed: {error}")
-            if self.failed_saves >= options.max_failed_saves:
-                raise TrainingStopped(f"{self.failed_saves} checkpoints in a row failed, last: {error}") from error
+            progress.note(f"checkpoint at step {step} failed and was removed: {error}")
+            if self.failed_saves >= self.recipe.training.max_failed_saves:
+                raise TrainingStopped(f"{self.failed_saves} checkpoints in a row failed, last: {error}")
             return
         self.failed_saves = 0
-        progress.note(f"checkpoint {path.name}")
-        self._plot()
+        if path is not None:
+            progress.note(f"checkpoint {path.name}")
+            self._plot()
 
     # Steps
 
@@ -188,21 +293,31 @@ class _Run:
             return None
         options = self.recipe.training
         left, recomputes = options.steps - self.step, options.activation_checkpointing
-        return StepProfiler(self.device, self.output / "profile", steps, left, recomputes=recomputes)
+        return self.ranks.together(
+            lambda: (
+                StepProfiler(self.device, self.output / "profile", steps, left, recomputes=recomputes)
+                if self.ranks.is_first
+                else None
+            )
+        )
 
     def train(self, terminated: threading.Event, profile_steps: int = 0) -> dict[str, Any]:
         options = self.recipe.training
         profiler = self._profiler(profile_steps)
-        progress = Progress(options.steps, start=self.step, every=options.log_every)
+        silent = not self.ranks.is_first
+        progress = Progress(options.steps, start=self.step, every=options.log_every, silent=silent)
         began, first_step = time.monotonic(), self.step
         try:
-            while self.step < options.steps and not terminated.is_set():
+            while self.step < options.steps and not any(self.ranks.any(terminated.is_set())):
                 with contextlib.nullcontext() if profiler is None else profiler.step():
                     record = self._step()
                 if profiler is not None:
                     profiler.note(self.step, record["seconds"])
-                self.log.write(record)
+                if self.log is not None:
+                    self.log.write(record)
                 progress.update(self.step, loss=record["loss"], grad_norm=record["grad_norm"], lr=record["lr"])
+                if self.saver is not None:
+                    self._note_saved(progress, self.saver.poll())
                 due = self.step % options.checkpoint_every == 0 and self.step < options.steps
                 if due and self.skipped_in_row == 0:
                     self.save(progress)
@@ -210,12 +325,15 @@ class _Run:
                 if self.step >= options.steps:
                     self._finish()
                 self.save(progress)
+            if self.saver is not None:
+                self._note_saved(progress, self.saver.wait())
         finally:
             progress.close()
             if profiler is not None:
                 profiler.close()
             report = self._report(time.monotonic() - began, self.step - first_step)
-            self._write_report(report)
+            if self.ranks.is_first:
+                self._write_report(report)
         return report
 
     def _finish(self) -> None:
@@ -229,17 +347,15 @@ class _Run:
         rate = learning_rate(self.recipe.optimizer, self.step, options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, batches = 0.0, []
-        parts: dict[str, float] = {}
-        for micro_step in range(options.accumulation):
-            batch = next(self.samples)
-            batches.append(batch)
-            generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, self.step, micro_step))
-            value, terms = self.task.loss(batch, generator)
-            (value / options.accumulation).backward()
-            loss += float(value.detach()) / options.accumulation
-            for name, term in terms.items():
-                parts[name] = parts.get(name, 0.0) + float(term) / options.accumulation
+        batches = self._next_batches()
+        micro_steps = [m * self.ranks.data_ranks + self.ranks.data_rank for m in range(options.accumulation)]
+        seeds = [step_seed(self.recipe.seed, self.step, micro_step) for micro_step in micro_steps]
+        divisor = options.accumulation * self.ranks.data_ranks * self.ranks.sequence_ranks
+        loss, parts = forward_backward(self.task, batches, seeds, divisor, self.layout)
+        if self.layout is not None:
+            sum_over_tensor(self.parameters, self.layout)
+            parts = self.ranks.mean({**parts, "loss": loss})
+            loss = parts.pop("loss")
         norm, reason = self._clip()
         if not math.isfinite(loss):
             reason = "the loss is not finite"
@@ -247,7 +363,7 @@ class _Run:
             self.optimizer.step()
             self.skipped_in_row = 0
         else:
-            self._skip(reason, loss, norm, batches)
+            self._skip(reason, loss, norm, batches, micro_steps)
         self.optimizer.zero_grad(set_to_none=True)
         devices.synchronize(self.device)
         seconds = time.monotonic() - began
@@ -257,11 +373,25 @@ class _Run:
             **parts,
             "grad_norm": norm,
             "lr": rate,
-            "samples_per_s": options.batch_size * options.accumulation / seconds,
+            "samples_per_s": options.batch_size * options.accumulation * self.ranks.data_ranks / seconds,
             "seconds": seconds,
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             **({"skipped": reason} if reason else {}),
         }
+
+    def _next_batches(self) -> list[dict[str, Any]]:
+        """The batches of this process's micro-steps. A clip that is broken for one process is known to all then."""
+        batches, error = tried(lambda: [next(self.samples) for _ in range(self.recipe.training.accumulation)])
+        dataset = self.task.dataset
+        failed, news = self.ranks.any(error is not None, dataset.broken.keys() != self.broken)
+        if failed:
+            self.ranks.raise_together(error)
+        if news:
+            for broken in self.ranks.gather(dataset.broken):
+                dataset.broken |= {clip: reason for clip, reason in broken.items() if clip not in dataset.broken}
+            dataset.note_replaced([])  # there may be too many by now
+            self.broken = set(dataset.broken)
+        return batches or []
 
     def _clip(self) -> tuple[float, str | None]:
         """Clip the gradients in place; their norm, and why the step must not be taken (None if it may)."""
@@ -271,21 +401,23 @@ class _Run:
             if result.finite and result.skip:
                 return result.norm, f"the gradient norm {result.norm:.3g} is extreme (threshold {result.threshold:.3g})"
             return result.norm, None if result.finite else "the gradient is not finite"
-        norm = gradient_norm(grads)
+        norm = self.norm(grads)
         if not math.isfinite(norm):
             return norm, "the gradient is not finite"
         limit = self.recipe.clipping.max_norm
         if self.recipe.clipping.method == "norm" and norm > limit:
-            torch._foreach_mul_(grads, limit / norm)
+            torch._foreach_mul_([local(grad) for grad in grads], limit / norm)
         return norm, None
 
-    def _skip(self, reason: str, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
+    def _skip(
+        self, reason: str, loss: float, norm: float, batches: list[dict[str, Any]], micro_steps: list[int]
+    ) -> None:
         self.skipped += 1
         self.skipped_in_row += 1
         logger.warning("step %d is skipped: %s", self.step, reason)
         if self.skipped <= MAX_DUMPS:
             try:
-                self._dump(reason, loss, norm, batches)
+                self._dump(reason, loss, norm, dict(zip(micro_steps, batches, strict=True)))
             except OSError as error:
                 logger.error("the skipped step could not be kept: %s", error)
         limit = self.recipe.training.max_skipped_steps
@@ -295,24 +427,36 @@ class _Run:
                 f"the last checkpoint is intact, the steps lie under {self.output / 'skipped'}"
             )
 
-    def _dump(self, reason: str, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
-        """Keep what `replay` needs to repeat a skipped step."""
-        from safetensors.torch import save_file
-
+    def _dump(self, reason: str, loss: float, norm: float, batches: dict[int, dict[str, Any]]) -> None:
+        """Keep what `replay` needs to repeat a skipped step: each replica its batches, the first process the rest."""
         folder = self.output / "skipped" / f"{checkpoint.PREFIX}{self.step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        others: list[dict[str, Any]] = []
-        for number, batch in enumerate(batches):
-            kept = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-            tensors |= {f"{number}.{name}": value.contiguous().cpu() for name, value in kept.items()}
-            others.append({name: value for name, value in batch.items() if name not in kept})
+        replica = f".{self.ranks.data_rank}" if self.ranks.data_ranks > 1 else ""
+        writes = self.ranks.is_first_of_replica
+        others = self.ranks.together(
+            lambda: save_batches(folder, f"batch{replica}.safetensors", batches) if writes else {}
+        )
         bad = [name for name, p in self.task.model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        save_file(tensors, folder / "batch.safetensors")
-        self.task.save(folder / "model")
-        config.save(self.recipe, folder / "config.yaml")
-        facts = {"step": self.step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
-        write_json(folder / "step.json", {**facts, "not_finite": bad, "batches": others})
+        everywhere = self.ranks.gather((bad, others))
+        weights = None if self.layout is None else gather(self.task.model.state_dict(), self.layout)
+        rest = {number: other for _, part in everywhere for number, other in part.items()}
+        facts = {
+            "step": self.step,
+            "reason": reason,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "not_finite": list(dict.fromkeys(name for names, _ in everywhere for name in names)),
+            "batches": [rest[number] for number in sorted(rest)],
+        }
+
+        def write() -> None:
+            if weights is None:
+                self.task.save(folder / "model")
+            else:
+                self.task.model.save_pretrained(folder / "model", state=weights)
+            config.save(self.recipe, folder / "config.yaml")
+            write_json(folder / "step.json", facts)
+
+        self.ranks.on_first(write)
 
     # Reports
 
@@ -324,13 +468,16 @@ class _Run:
             logger.error("the report could not be written: %s", error)
 
     def _plot(self) -> None:
+        if not self.ranks.is_first:
+            return
         try:
             plot_loss(read_metrics(self.output / METRICS), self.output / "loss.png", f"{self.recipe.task} loss")
         except OSError as error:
             logger.error("the loss plot could not be written: %s", error)
 
     def _report(self, seconds: float, num_steps: int) -> dict[str, Any]:
-        losses = [r["loss"] for r in read_metrics(self.output / METRICS) if not r.get("skipped")]
+        records = read_metrics(self.output / METRICS) if self.ranks.is_first else []
+        losses = [r["loss"] for r in records if not r.get("skipped")]
         tenth = max(1, len(losses) // 10)
         return {
             "task": self.recipe.task,
@@ -349,7 +496,23 @@ class _Run:
         }
 
     def close(self) -> None:
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
+
+
+def save_batches(folder: Path, name: str, batches: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Write the tensors of batches by number of the micro-step; what else is in them, by the same number."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    others: dict[int, dict[str, Any]] = {}
+    for number, batch in batches.items():
+        kept = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        tensors |= {f"{number}.{key}": value.contiguous().cpu() for key, value in kept.items()}
+        others[number] = {key: value for key, value in batch.items() if key not in kept}
+    save_file(tensors, folder / name)
+    return others
 
 
 def replay(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
@@ -367,7 +530,8 @@ def replay(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     facts = read_json(folder / "step.json")
     task = build_task(recipe, devices.resolve(recipe.device), weights=folder / "model")
-    tensors, loss = load_file(folder / "batch.safetensors"), 0.0
+    tensors = {key: t for file in folder.glob("batch*.safetensors") for key, t in load_file(file).items()}
+    loss = 0.0
     for micro_step, rest in enumerate(facts["batches"]):
         prefix = f"{micro_step}."
         batch = {**rest, **{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}}
@@ -386,7 +550,7 @@ def replay(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
 
 def _finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(t).all())
+    return bool(torch.isfinite(local(t)).all())
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -111,13 +111,15 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: str | Path, title: str
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines every ``every`` steps elsewhere."""
+    """A progress bar on a terminal, plain lines every ``every`` steps elsewhere; nothing at all if ``silent``."""
 
-    def __init__(self, total: int, *, start: int = 0, every: int = 10, unit: str = "step") -> None:
-        self.total, self.every, self.unit = total, max(1, every), unit
+    def __init__(
+        self, total: int, *, start: int = 0, every: int = 10, unit: str = "step", silent: bool = False
+    ) -> None:
+        self.total, self.every, self.unit, self.silent = total, max(1, every), unit, silent
         self._began, self._start = time.monotonic(), start
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             try:
                 from tqdm import tqdm
             except ImportError as error:
@@ -126,6 +128,8 @@ class Progress:
 
     def update(self, step: int, **values: float) -> None:
         """Report that ``step`` (counted from 1) is done."""
+        if self.silent:
+            return
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -137,6 +141,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
+        if self.silent:
+            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

@@ -106,6 +106,14 @@ class EMAAdamW(torch.optim.Optimizer):
                     1 - (min(self.ema_decay, (1 + n) / (10 + n)) if self.ema_warmup else self.ema_decay),
                 )
 
+    def start(self) -> None:
+        """Begin the state of every parameter now, as its first step would: the average is what the parameter is now."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state.get(p):
+                    self._start(p)
+
+    @torch.no_grad()
     def _start(self, p: Tensor) -> None:
         state = self.state[p]
         value = p

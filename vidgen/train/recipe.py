@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from vidgen import config
 from vidgen.checkpoints.hf import read_config
+from vidgen.parallel import Parallel
 from vidgen.pipelines.folders import NEEDED, weights_folder
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
@@ -145,6 +146,7 @@ class Recipe:
     loss: dict[str, Any] = field(default_factory=dict)  # weights of the VAE's loss
     optimizer: Optimizer = field(default_factory=Optimizer)
     clipping: Clipping = field(default_factory=Clipping)
+    parallel: Parallel | None = None  # None: one process, or shards over all that torchrun has started
     seed: int = 0
     device: str = "auto"
 

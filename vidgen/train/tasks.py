@@ -24,29 +24,25 @@ from .features import FeatureCache, Features, clip_key, folder_fingerprint, stac
 from .recipe import SYSTEMS, Recipe, diffusion_options, model_class, model_config, vae_config, vae_loss_config
 from .vae_loss import vae_loss
 
+BuildModel = Callable[[Recipe, torch.device, torch.dtype, Path | None], PretrainedModel]
 NUM_STATISTICS_CLIPS = 64  # at most this many clips say what the latents' mean and spread are
 
 
 class Task:
     """A model, its batches and its loss. Subclasses say what a batch is worth."""
 
-    model: PretrainedModel
+    model: Any  # a PretrainedModel
 
-    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
-        cls = model_class(recipe)
+    def __init__(
+        self, recipe: Recipe, device: torch.device, weights: Path | None, build: BuildModel | None = None
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.dtype = devices.compute_dtype(device, recipe.training.precision)
-        if weights is None and "pretrained" in recipe.model:
-            weights = weights_folder(recipe.model["pretrained"])
-        if weights is not None:
-            model = cls.from_pretrained(weights, dtype=self.dtype, device=device)
-        else:
-            model = cls(model_config(recipe)).to(device, self.dtype)
-        self.model = model.train().requires_grad_(True)
+        self.model = (build or build_model)(recipe, device, self.dtype, weights).train()
         if recipe.training.activation_checkpointing:
-            if not hasattr(model, "gradient_checkpointing"):
-                raise ValueError(f"training.activation_checkpointing: {cls.__name__} does not offer it")
-            model.gradient_checkpointing = True
+            if not hasattr(self.model, "gradient_checkpointing"):
+                raise ValueError(f"training.activation_checkpointing: {type(self.model).__name__} does not offer it")
+            self.model.gradient_checkpointing = True
         data = recipe.data
         self.dataset = ClipDataset(
             read_annotations(data.path),
@@ -62,19 +58,23 @@ class Task:
 
     # Batches
 
-    def samples(self, start: int) -> Iterator[dict[str, Any]]:
-        """Batches without end, from sample number ``start`` of the run on."""
+    def samples(self, start: int, stride: int = 1) -> Iterator[dict[str, Any]]:
+        """Batches without end, from sample number ``start`` of the run on; of every ``stride`` batches the first."""
         if self.cache is None:
-            return self._decoded(start)
+            return self._decoded(start, stride)
         if self._remembered is None:
             self._remembered = self._compute_features(self.cache)
-        return self._kept(start, *self._remembered)
+        return self._kept(start, stride, *self._remembered)
 
-    def _decoded(self, start: int) -> Iterator[dict[str, Any]]:
+    def _order(self, length: int, start: int, stride: int) -> ShuffledSampler:
+        batch = self.recipe.training.batch_size
+        return ShuffledSampler(length, self.recipe.seed, start, batch=batch, stride=stride)
+
+    def _decoded(self, start: int, stride: int) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self.dataset,
             self.recipe.training.batch_size,
-            sampler=ShuffledSampler(len(self.dataset), self.recipe.seed, start),
+            sampler=self._order(len(self.dataset), start, stride),
             num_workers=self.recipe.data.num_workers,
             generator=torch.Generator().manual_seed(self.recipe.seed),  # its draws stay out of the global generator
         )
@@ -82,8 +82,8 @@ class Task:
             self.dataset.note_replaced(batch["replaced"])
             yield batch
 
-    def _kept(self, start: int, numbers: list[int], entries: list[Features]) -> Iterator[dict[str, Any]]:
-        order = iter(ShuffledSampler(len(entries), self.recipe.seed, start))
+    def _kept(self, start: int, stride: int, numbers: list[int], entries: list[Features]) -> Iterator[dict[str, Any]]:
+        order = iter(self._order(len(entries), start, stride))
         while True:
             indices = [next(order) for _ in range(self.recipe.training.batch_size)]
             clips = [self.dataset.clips[numbers[i % len(entries)]] for i in indices]
@@ -166,8 +166,10 @@ class VAETask(Task):
 
     model: Any
 
-    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
-        super().__init__(recipe, device, weights)
+    def __init__(
+        self, recipe: Recipe, device: torch.device, weights: Path | None, build: BuildModel | None = None
+    ) -> None:
+        super().__init__(recipe, device, weights, build)
         self.loss_config = vae_loss_config(recipe)
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,8 +204,10 @@ class DiTTask(Task):
     What differs between the systems are the functions of ``system``, a module of this folder.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, weights: Path | None) -> None:
-        super().__init__(recipe, device, weights)
+    def __init__(
+        self, recipe: Recipe, device: torch.device, weights: Path | None, build: BuildModel | None = None
+    ) -> None:
+        super().__init__(recipe, device, weights, build)
         self.system: Any = SYSTEMS[recipe.system]
         self.options: Any = diffusion_options(recipe)
         self.parts = parts_of(recipe)
@@ -316,9 +320,26 @@ def parts_of(recipe: Recipe) -> Parts:
 TASKS: dict[str, Callable[..., Task]] = {"vae": VAETask, "dit": DiTTask}
 
 
-def build_task(recipe: Recipe, device: torch.device, weights: Path | None = None) -> Task:
-    """The task of a recipe; ``weights`` is the model folder to go on from instead of a fresh or pretrained model."""
-    return TASKS[recipe.task](recipe, device, weights)
+def build_task(
+    recipe: Recipe, device: torch.device, weights: Path | None = None, build: BuildModel | None = None
+) -> Task:
+    """The task of a recipe; ``weights`` is the model folder to go on from instead of a fresh or pretrained model.
+
+    ``build`` makes the model in another way than :func:`build_model`, sharded for example.
+    """
+    return TASKS[recipe.task](recipe, device, weights, build)
+
+
+def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, weights: Path | None) -> PretrainedModel:
+    """The model of a recipe on the device, as a whole: fresh, or from ``weights``, or from ``model.pretrained``."""
+    cls = model_class(recipe)
+    if weights is None and "pretrained" in recipe.model:
+        weights = weights_folder(recipe.model["pretrained"])
+    if weights is not None:
+        model = cls.from_pretrained(weights, dtype=dtype, device=device)
+    else:
+        model = cls(model_config(recipe)).to(device, dtype)
+    return model.requires_grad_(True)
 
 
 def latent_shape(vae: Any, video: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of a run that is spread over processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidgen import config
+from vidgen.checkpoints.distributed import MODEL_FILE, is_distributed
+from vidgen.checkpoints.hf import PretrainedModel, read_config
+from vidgen.io import read_json
+from vidgen.parallel import Parallel
+from vidgen.parallel.sharding import fill, shard_model, tensors_of
+
+from .ranks import Ranks
+from .recipe import Recipe, model_class, model_config
+from .tasks import build_model
+
+FORWARD_METHODS = ("encode_moments",)  # what tasks call on a model beside forward
+
+
+def build_sharded(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, found: Path | None, *, ranks: Ranks
+) -> PretrainedModel:
+    """The same model as :func:`vidgen.train.tasks.build_model` makes, in shards of float32 that compute in ``dtype``.
+
+    The first rank makes the whole model on its host and sends it tensor by tensor; the others never hold one. Where
+    there is a checkpoint ``found`` to go on from, the shards are left empty: each rank reads its own from there.
+    """
+    layout, parallel = ranks.layout, recipe.parallel or Parallel()
+    assert layout is not None
+    with torch.device("meta"):
+        model = model_class(recipe)(found_config(recipe, found))
+    templates = {name: t.detach() for name, t in tensors_of(model).items()}
+    model.requires_grad_(True)
+    shard_model(
+        model,
+        layout,
+        param_dtype=dtype,
+        reshard_after_forward=parallel.reshard_after_forward,
+        cpu_offload=parallel.cpu_offload,
+        forward_methods=[name for name in FORWARD_METHODS if hasattr(model, name)],
+    )
+    model.to_empty(device="cpu" if parallel.cpu_offload else device)
+    if found is None:
+        whole = ranks.together(
+            lambda: build_model(recipe, torch.device("cpu"), torch.float32, None) if ranks.is_first else None
+        )
+        fill(model, None if whole is None else tensors_of(whole), templates, layout)
+        torch.manual_seed(recipe.seed)  # the first rank has drawn weights, the others have not
+    return model
+
+
+def build_unfilled(recipe: Recipe, device: torch.device, dtype: torch.dtype, found: Path | None) -> PretrainedModel:
+    """The whole model for a checkpoint of many processes, which is still to be read."""
+    return model_class(recipe)(found_config(recipe, found)).to(device, dtype).requires_grad_(True)
+
+
+def found_config(recipe: Recipe, found: Path | None) -> Any:
+    """The configuration of the model in a checkpoint of one process or of many; without one, the recipe's."""
+    cls = model_class(recipe)
+    if found is None:
+        return model_config(recipe)
+    if not is_distributed(found):
+        return read_config(cls, found / "model")
+    fields = read_json(found / MODEL_FILE)
+    return config.load(cls.config_class, {name: value for name, value in fields.items() if not name.startswith("_")})

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.verb != "train":
+    if rest and options.verb not in ("train", "plan"):
         parser.error(f"unknown arguments: {' '.join(rest)} (see vidgen {options.verb} --help)")
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(_verb(verbs, "train", _train, "train a VAE or a DiT from a recipe"))
+    _add_plan(_verb(verbs, "plan", _plan, "which parallelism a recipe can use on so many processes, and what it costs"))
     _add_sample(_verb(verbs, "sample", _sample, "prompts to videos"))
     _add_reconstruct(_verb(verbs, "reconstruct", _reconstruct, "send a clip through a VAE and back"))
     _add_convert(_verb(verbs, "convert", _convert, "weights from one system's files to another's"))
@@ -85,6 +86,24 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into OUTPUT/profile")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the shapes, do nothing")
     parser.epilog = "Any field of the recipe can be set: --training.steps 500 --optimizer.lr 3e-4 --output runs/a"
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "vidgen plan CONFIG --world N [--section.field VALUE ...] [options]"
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="recipe (YAML or JSON), for example under configs/")
+    parser.add_argument("--world", type=int, required=True, metavar="N", help="processes, one for each device")
+    parser.add_argument("--samples", type=int, metavar="N", help="keep this many samples a step; accumulation follows")
+    parser.add_argument("--rows", type=int, default=12, metavar="N", help="combinations to print (default 12)")
+    parser.add_argument("--json", action="store_true", help="all combinations and figures, as JSON")
+    figures = {
+        "device-memory": "GB of a device (default 80)",
+        "tflops": "TFLOP/s that a device reaches (default: measured on an H100)",
+        "node": "devices in a node (default 8)",
+        "link": "GB/s that a device sends inside its node (default 360)",
+        "network": "GB/s that a device sends to other nodes (default 40)",
+    }
+    for name, what in figures.items():
+        parser.add_argument(f"--{name}", type=int if name == "node" else float, metavar="X", help=what)
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +192,23 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     report = train(recipe, resume=options.resume, profile_steps=options.profile)
     _print({name: value for name, value in report.items() if not isinstance(value, list)})
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from vidgen.parallel import plan as planning
+    from vidgen.parallel.timing import machine_with
+    from vidgen.train.facts import plan
+    from vidgen.train.recipe import load_recipe
+
+    machine = machine_with(
+        **{name: getattr(options, name) for name in ("device_memory", "tflops", "node", "link", "network")}
+    )
+    found = plan(load_recipe(options.config, options.overrides), options.world, machine, options.samples)
+    if options.json:
+        _print(planning.as_json(found))
+    else:
+        print(planning.text(found, options.rows))
     return 0
 
 

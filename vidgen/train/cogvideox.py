@@ -91,6 +91,15 @@ def tokens(config: CogVideoXConfig, latent: Sequence[int]) -> int:
     return -(-latent[0] // frames) * (latent[1] // rows) * (latent[2] // columns)
 
 
+def arguments(config: CogVideoXConfig, latent: Sequence[int], text: int) -> dict[str, Tensor]:
+    frames = -(-latent[0] // config.patch[0]) * config.patch[0]  # latents are padded to whole patches
+    return {
+        "hidden_states": torch.zeros(1, config.in_channels, frames, *latent[1:]),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, text, config.text_embed_dim),
+    }
+
+
 def needs_video(config: CogVideoXConfig) -> bool:
     return is_image_model(config)
 

@@ -114,6 +114,14 @@ def latent_channels(config: OpenSoraConfig) -> int:
     return config.in_channels
 
 
+def arguments(config: OpenSoraConfig, latent: Sequence[int], text: int) -> dict[str, Tensor]:
+    return {
+        "hidden_states": torch.zeros(1, config.input_channels, *latent),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
+    }
+
+
 def needs_video(config: OpenSoraConfig) -> bool:
     return isinstance(config, OpenSoraInpaintConfig)
 

@@ -83,6 +83,16 @@ def tokens(config: Any, latent: Sequence[int]) -> int:
     return latent[0] * (latent[1] // config.patch_size) * (latent[2] // config.patch_size)
 
 
+def arguments(config: SparseUMMDiTConfig, latent: Sequence[int], text: int) -> dict[str, Tensor]:
+    """What the transformer is given for one sample of such a latent and so many text tokens; only shapes matter."""
+    return {
+        "hidden_states": torch.zeros(1, config.in_channels, *latent),
+        "timestep": torch.zeros(1),
+        "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+        "encoder_hidden_states": torch.zeros(1, text, config.caption_channels),
+    }
+
+
 def needs_video(config: SparseUMMDiTConfig) -> bool:
     """Whether the conditions are made of pixels."""
     return False

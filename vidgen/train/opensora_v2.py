@@ -84,6 +84,20 @@ def tokens(config: MMDiTConfig, latent: Sequence[int]) -> int:
     return latent[0] * (latent[1] // config.patch_size) * (latent[2] // config.patch_size)
 
 
+def arguments(config: MMDiTConfig, latent: Sequence[int], text: int) -> dict[str, Tensor]:
+    count = tokens(config, latent)
+    given = {
+        "img": torch.zeros(1, count, config.in_channels),
+        "img_ids": torch.zeros(count, 3),
+        "txt": torch.zeros(1, text, config.context_in_dim),
+        "txt_ids": torch.zeros(text, 3),
+        "timesteps": torch.zeros(1),
+        "y_vec": torch.zeros(1, config.vec_in_dim),
+    }
+    given |= {"cond": torch.zeros(1, count, config.cond_channels)} if config.cond_embed else {}
+    return given | ({"guidance": torch.zeros(1)} if config.guidance_embed else {})
+
+
 def needs_video(config: MMDiTConfig) -> bool:
     return config.cond_embed
 

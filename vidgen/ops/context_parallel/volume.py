@@ -10,18 +10,18 @@ from __future__ import annotations
 from .layout import Groups
 
 
-def ulysses_volume(tokens: int, width: int, ranks: int, text: int = 0, *, text_sharded: bool = True) -> float:
+def ulysses_volume(tokens: float, width: float, ranks: int, text: float = 0, *, text_sharded: bool = True) -> float:
     """q, k, v and the result; text spread over the ranks alike, or, whole on each rank, its result only."""
     away = (ranks - 1) / ranks
     return width * away * (4 * tokens / ranks + (4 * text / ranks if text_sharded else text))
 
 
-def ring_volume(tokens: int, width: int, ranks: int, text: int = 0) -> float:
+def ring_volume(tokens: float, width: float, ranks: int, text: float = 0) -> float:
     """k and v of one shard on each of ``ranks - 1`` hops; of text, whole on each rank, the result."""
     return width * (ranks - 1) / ranks * (2 * tokens + text)
 
 
-def group_parallel_volume(tokens: int, width: int, ranks: int, sparse_n: int, text: int = 0) -> float:
+def group_parallel_volume(tokens: float, width: float, ranks: int, sparse_n: int, text: float = 0) -> float:
     """The hidden states once, the text's mean all-reduced; q, k, v and the result inside cells of ranks."""
     members = Groups(0, sparse_n, "single", ranks).ulysses
     inside = 4 * tokens / ranks * (members - 1) / members

@@ -200,7 +200,9 @@ def write_manifest(directory: str | Path, known: Mapping[str, Mapping[str, Any]]
         if name in known:
             files[name] = dict(known[name])
             if (size := path.stat().st_size) != known[name]["size"]:
-                raise OSError(errno.EIO, f"{size} bytes, the process that wrote it says {known[name]['size']}", str(path))
+                raise OSError(
+                    errno.EIO, f"{size} bytes, the process that wrote it says {known[name]['size']}", str(path)
+                )
         else:
             _fsync_file(path)
             files[name] = file_entry(path)

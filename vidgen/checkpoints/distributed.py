@@ -10,8 +10,6 @@ verified, and by an unpickler that knows nothing but the classes of such an inde
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidgen import config as loading
 from vidgen import io
 
-from .hf import CONFIG, INDEX, STEM, WEIGHTS, PretrainedModel, paragraph, split_into_shards, with_nearest
+from .hf import CONFIG, INDEX, STEM, WEIGHTS, PretrainedModel, split_into_shards
 from .lazy import Lazy, State, write_safetensors
 
 FOLDER = "distributed"
@@ -120,6 +118,10 @@ class Distributed:
         found = self._index.state_dict_metadata
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry.size) for name, entry in found.items()}
         self.dtypes: dict[str, torch.dtype] = {name: entry.properties.dtype for name, entry in found.items()}
+
+    def files(self) -> set[str]:
+        """The files that the index speaks of, relative to the checkpoint."""
+        return {f"{FOLDER}/{entry.relative_path}" for entry in self._index.storage_data.values()}
 
     def read(self, targets: Mapping[str, Pieces]) -> None:
         """Fill the boxes of ``targets``, which may be cut in any way; each is cast to the dtype that it has."""

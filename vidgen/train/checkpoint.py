@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vidgen import device as devices
-from vidgen.io import commit_directory, newest_valid, read_json, verify_manifest, write_json
+from vidgen.io import commit_directory, read_json, verify_manifest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,27 +99,41 @@ def remove_unfinished(run: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def find_checkpoint(run: str | Path, resume: str) -> Path | None:
+def find_checkpoint(
+    run: str | Path,
+    resume: str,
+    *,
+    verify: Callable[[Path], list[str]] = verify_manifest,
+    found: list[Path] | None = None,
+) -> Path | None:
     """The checkpoint to go on from: ``resume`` is "auto" (the newest that verifies), "none", or a path.
+
+    Args:
+        verify: says what is wrong with a checkpoint, as :func:`vidgen.io.verify_manifest` does.
+        found: the checkpoints of the run, oldest first; default: looked for.
 
     Raises:
         ValueError: a path that holds no checkpoint or a damaged one; "none" where the run has checkpoints already;
             "auto" where it has some but none that verifies.
     """
+    found = checkpoints(run) if found is None else found
     if resume == "none":
-        if found := checkpoints(run):
+        if found:
             raise ValueError(
                 f"{run} holds a run already (newest: {found[-1].name}); go on with --resume auto, "
                 "or give another --output"
             )
         return None
     if resume == "auto":
-        newest = newest_valid(run, PREFIX)
-        if newest is None and checkpoints(run):
+        for path in reversed(found):
+            if not (problems := verify(path)):
+                return path
+            logger.warning("%s is damaged and is passed over: %s", path, "; ".join(problems[:10]))
+        if found:
             raise ValueError(f"{run}: no checkpoint verifies; refusing to start from nothing over them")
-        return newest
+        return None
     path = Path(resume)
-    if problems := verify_manifest(path):
+    if problems := verify(path):
         raise ValueError(f"--resume {resume}: {'; '.join(problems[:10])}")
     return path
 

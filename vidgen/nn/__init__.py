@@ -7,15 +7,21 @@ from .init import init_default, init_normal
 from .inputs import drop_axis_1, patch_mask
 from .norms import AdaNorm, Norm, WideLinear, make_norm, modulate, residual_modulate
 from .packing import pack_patches, patch_positions, unpack_patches
+from .sequence import ALONE, DENSE, Place, Tokens, alone
 
 __all__ = [
+    "ALONE",
     "AdaNorm",
+    "DENSE",
     "EmbeddingMLP",
     "FeedForward",
     "FramePatchEmbed",
     "Norm",
+    "Place",
     "TimestepTextEmbedding",
+    "Tokens",
     "WideLinear",
+    "alone",
     "drop_axis_1",
     "init_default",
     "init_normal",

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 DIMS = ("pipeline", "replicate", "shard", "ring", "ulysses", "tensor")
 Order = Literal["ulysses_inner", "ring_inner"]
@@ -129,15 +128,14 @@ class Layout:
         self.world_mesh = flat(mesh, names, "world")
 
     @classmethod
-    def create(cls, parallel: Parallel, device_type: str = "cpu", ranks: Sequence[int] | None = None) -> Layout:
-        """The layout of the default process group, or of some of its ranks; all of them call this all the same.
+    def create(cls, parallel: Parallel, device_type: str = "cpu") -> Layout:
+        """The layout of the default process group.
 
         Raises:
             ValueError: the sizes do not fit the number of processes.
         """
-        members = torch.arange(dist.get_world_size()) if ranks is None else torch.tensor(ranks)
-        sizes, dims = parallel.sizes(len(members)), mesh_dims(parallel.order)
-        mesh = DeviceMesh(device_type, members.view([sizes[name] for name in dims]), mesh_dim_names=dims)
+        sizes, dims = parallel.sizes(dist.get_world_size()), mesh_dims(parallel.order)
+        mesh = init_device_mesh(device_type, tuple(sizes[name] for name in dims), mesh_dim_names=dims)
         return cls(mesh, order=parallel.order, window=parallel.window)
 
     def rank(self, dim: str) -> int:

@@ -9,7 +9,7 @@ columns), D hidden width, E conditioning width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from vidgen import ops
 from vidgen.checkpoints.hf import PretrainedModel
 from vidgen.nn import (
+    ALONE,
     AdaNorm,
     EmbeddingMLP,
     FeedForward,
+    Tokens,
+    alone,
     init_default,
     init_normal,
     modulate,
@@ -109,7 +112,8 @@ class JointAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.LayerNorm(head_dim, eps=QK_EPS) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, rope: dict[str, Any]) -> Tensor:
+    def forward(self, x: Tensor, rope: dict[str, Any], tokens: Tokens = ALONE) -> Tensor:
+        x = tokens.gather(x, "joint")
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v))
         q, k = ops.qk_norm_rope(
             q,
@@ -122,9 +126,7 @@ class JointAttention(nn.Module):
             eps=QK_EPS,
             **rope,
         )
-        attended = ops.attention(q, k, v)
-        assert isinstance(attended, Tensor)
-        return self.to_out[0](attended.flatten(2))
+        return tokens.scatter(self.to_out[0](tokens.attention(q, k, v).flatten(2)), "joint")
 
 
 class CogVideoXBlock(nn.Module):
@@ -138,20 +140,40 @@ class CogVideoXBlock(nn.Module):
         self.norm2 = AdaNorm(config.time_embed_dim, width, 6, "layer_norm", config.norm_eps)
         self.ff = FeedForward(width, 4 * width)
 
-    def forward(self, x: Tensor, y: Tensor, c: Tensor, rope: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, c: Tensor, rope: dict[str, Any], tokens: Tokens = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """Video ``(B, N, D)`` and text ``(B, S, D)`` under the condition ``c`` ``(B, E)``."""
-        tokens = y.shape[1]
+        num_text = y.shape[1]
         shift, scale, gate, text_shift, text_scale, text_gate = self.norm1(c, x.dtype)
         text_normed = modulate(self.norm1.norm, y, text_shift, text_scale)
-        attended = self.attn1(torch.cat([text_normed, modulate(self.norm1.norm, x, shift, scale)], 1), rope)
+        normed = modulate(self.norm1.norm, x, shift, scale)
+        attended = self.attn1(torch.cat([text_normed, normed], 1), rope, tokens)
 
         shift, scale, ff_gate, text_shift, text_scale, text_ff_gate = self.norm2(c, x.dtype)
         norm = self.norm2.norm
-        x, normed = residual_modulate(norm, x, gate, attended[:, tokens:], shift, scale)
-        y, text_normed = residual_modulate(norm, y, text_gate, attended[:, :tokens], text_shift, text_scale)
-        processed = self.ff(torch.cat([text_normed, normed], 1))
-        x = ops.gated_residual(x, ff_gate, processed[:, tokens:])
-        return x, ops.gated_residual(y, text_ff_gate, processed[:, :tokens])
+        x, normed = residual_modulate(norm, x, gate, attended[:, num_text:], shift, scale)
+        y, text_normed = residual_modulate(norm, y, text_gate, attended[:, :num_text], text_shift, text_scale)
+        joint = tokens.gather(torch.cat([text_normed, normed], 1), "joint")
+        processed = tokens.scatter(self.ff(joint), "joint")
+        x = ops.gated_residual(x, ff_gate, processed[:, num_text:])
+        return x, ops.gated_residual(y, text_ff_gate, processed[:, :num_text])
+
+
+class Inputs(NamedTuple):
+    """What a forward pass is given, checked, and what follows from it without any weight."""
+
+    latent: Tensor
+    timestep: Tensor
+    text: Tensor
+    ofs: Tensor | float
+    grid: Grid
+    tokens: Tokens
+    rope: dict[str, Any]
+
+
+# Video, text and condition.
+Stream = tuple[Tensor, Tensor, Tensor]
 
 
 class CogVideoXTransformer3DModel(PretrainedModel):
@@ -167,6 +189,7 @@ class CogVideoXTransformer3DModel(PretrainedModel):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.sequence = alone  # of the counts of video and text tokens; set by vidgen.parallel
         width, condition = config.hidden_size, config.time_embed_dim
         self.patch_embed = PatchEmbed(config)
         self.time_embedding = EmbeddingMLP(width, condition)
@@ -202,20 +225,60 @@ class CogVideoXTransformer3DModel(PretrainedModel):
         Raises:
             ValueError: shapes do not fit each other or the configuration.
         """
+        inputs = self.prepare(hidden_states, timestep, encoder_hidden_states, ofs, rotary)
+        stream = self.embed(inputs)
+        for index in range(len(self.blocks)):
+            stream = self.run_block(index, stream, inputs)
+        return self.head(stream, inputs)
+
+    def prepare(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        ofs: Tensor | float = RELEASED_OFS,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Inputs:
         self.check_inputs(hidden_states, timestep, encoder_hidden_states)
         grid = patch_grid(hidden_states, self.config.patch)
-        c = self.condition(timestep, ofs)
+        num_text = encoder_hidden_states.shape[1]
+        tokens = self.sequence(grid[0] * grid[1] * grid[2], num_text)
+        rope = self.rotation(grid, num_text, hidden_states, rotary)
+        rope |= {name: tokens.rows(rope[name], "joint") for name in ("cos", "sin") if name in rope}
+        return Inputs(hidden_states, timestep, encoder_hidden_states, ofs, grid, tokens, rope)
+
+    def embed(self, inputs: Inputs) -> Stream:
+        c = self.condition(inputs.timestep, inputs.ofs)
         c = F.silu(c.to(torch.promote_types(c.dtype, torch.float32)))
-        x, y = self.patch_embed(hidden_states, encoder_hidden_states)
-        rope = self.rotation(grid, y.shape[1], x, rotary)
-        for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, y = checkpoint(block, x, y, c, rope, use_reentrant=False)
-            else:
-                x, y = block(x, y, c, rope)
+        x, y = self.patch_embed(inputs.latent, inputs.text)
+        return inputs.tokens.split(x), inputs.tokens.split_text(y), c
+
+    def run_block(self, index: int, stream: Stream, inputs: Inputs) -> Stream:
+        x, y, c = stream
+        block, args = self.blocks[index], (x, y, c, inputs.rope, inputs.tokens)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x, y = checkpoint(block, *args, use_reentrant=False)
+        else:
+            x, y = block(*args)
+        return x, y, c
+
+    def head(self, stream: Stream, inputs: Inputs) -> Tensor:
+        x, _, c = stream
         shift, scale = self.norm_out(c, x.dtype)
         x = modulate(self.norm_out.norm, self.norm_final(x), shift, scale)
-        return join_patches(self.proj_out(x), grid, self.config.patch)
+        return join_patches(inputs.tokens.join(self.proj_out(x)), inputs.grid, self.config.patch)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """All blocks in the order of computation."""
+        return list(self.transformer_blocks)
+
+    def step_of(self, name: str) -> int:
+        """The block that a parameter is needed in, by index; -1 for `embed`, the number of blocks for `head`."""
+        part, *rest = name.split(".")
+        if part == "transformer_blocks":
+            return int(rest[0])
+        return self.config.num_layers if part in ("norm_final", "norm_out", "proj_out") else -1
 
     def condition(self, timestep: Tensor, ofs: Tensor | float = RELEASED_OFS) -> Tensor:
         """The conditioning vector ``(B, E)``."""

@@ -8,7 +8,7 @@ rows, then columns), S text tokens, D hidden width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from vidgen import ops
 from vidgen.checkpoints.hf import PretrainedModel
 from vidgen.nn import (
+    ALONE,
+    DENSE,
     EmbeddingMLP,
     FeedForward,
     FramePatchEmbed,
+    Place,
+    Tokens,
     WideLinear,
+    alone,
     drop_axis_1,
     init_default,
     patch_mask,
@@ -88,19 +93,20 @@ class SelfAttention(Attention):
         super().__init__(config)
         self.sparse_n, self.pattern = config.layer_sparsity(layer)
 
-    def forward(self, x: Tensor, rope: dict[str, Any], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: dict[str, Any], mask: Tensor | None, tokens: Tokens = ALONE) -> Tensor:
+        x = tokens.gather(x)
         q, k, v = self.project(x, x)
         q, k = ops.rope_3d(q, **rope), ops.rope_3d(k, **rope)
-        y = ops.skiparse_attention(q, k, v, sparse_n=self.sparse_n, pattern=self.pattern, mask=mask)
-        return self.to_out[0](cast(Tensor, y).flatten(2))
+        y = tokens.skiparse_attention(q, k, v, sparse_n=self.sparse_n, pattern=self.pattern, mask=mask)
+        return tokens.scatter(self.to_out[0](cast(Tensor, y).flatten(2)))
 
 
 class CrossAttention(Attention):
     """Video tokens attend to the text: each to all of it, so that groups would change nothing."""
 
-    def forward(self, x: Tensor, y: Tensor, text_mask: Tensor | None) -> Tensor:
-        attended = ops.attention(*self.project(x, y), mask=text_mask)
-        return self.to_out[0](cast(Tensor, attended).flatten(2))
+    def forward(self, x: Tensor, y: Tensor, text_mask: Tensor | None, tokens: Tokens = ALONE) -> Tensor:
+        attended = ops.attention(*self.project(tokens.gather(x), y), mask=text_mask)
+        return tokens.scatter(self.to_out[0](cast(Tensor, attended).flatten(2)))
 
 
 class TransformerBlock(nn.Module):
@@ -123,15 +129,34 @@ class TransformerBlock(nn.Module):
         rope: dict[str, Any],
         masks: dict[tuple[int, str], Tensor | None],
         text_mask: Tensor | None,
+        tokens: Tokens = ALONE,
     ) -> Tensor:
         """Video ``(B, N, D)`` with text ``(B, S, D)`` under modulations ``(B, 6, D)``."""
         rows = (self.scale_shift_table.to(modulations.dtype) + modulations).to(x.dtype)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = rows.unbind(1)
         mask = masks[self.attn1.sparse_n, self.attn1.pattern]
-        attended = self.attn1(ops.adaln_modulate(x, shift, scale, eps=self.eps), rope, mask)
+        attended = self.attn1(ops.adaln_modulate(x, shift, scale, eps=self.eps), rope, mask, tokens)
         x = ops.gated_residual(x, gate, attended)
-        x = x + self.attn2(x, y, text_mask)
-        return ops.gated_residual(x, ff_gate, self.ff(ops.adaln_modulate(x, ff_shift, ff_scale, eps=self.eps)))
+        x = x + self.attn2(x, y, text_mask, tokens)
+        normed = tokens.gather(ops.adaln_modulate(x, ff_shift, ff_scale, eps=self.eps))
+        return ops.gated_residual(x, ff_gate, tokens.scatter(self.ff(normed)))
+
+
+class Inputs(NamedTuple):
+    """What a forward pass is given, checked, and what follows from it without any weight."""
+
+    latent: Tensor
+    timestep: Tensor
+    text: Tensor
+    masks: dict[Place, Tensor | None]
+    text_mask: Tensor | None
+    grid: tuple[int, ...]
+    tokens: Tokens
+    ropes: dict[Place, dict[str, Any]]
+
+
+# Video, text, modulations and what the last ones are made of.
+Stream = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class OpenSoraT2V_v1_3(PretrainedModel):
@@ -149,6 +174,8 @@ class OpenSoraT2V_v1_3(PretrainedModel):
         self.config = config
         self.gradient_checkpointing = False
         width = config.hidden_size
+        self.sequence = alone  # of the counts of video and text tokens; set by vidgen.parallel
+        self.places: list[Place] = [config.layer_sparsity(i) for i in range(config.num_layers)]
         self.pos_embed = FramePatchEmbed(config.patch_size, config.in_channels, width)
         self.caption_projection = CaptionProjection(config.caption_channels, width)
         self.adaln_single = AdaLayerNormSingle(width)
@@ -187,38 +214,81 @@ class OpenSoraT2V_v1_3(PretrainedModel):
         Raises:
             ValueError: shapes do not fit each other or the configuration.
         """
+        inputs = self.prepare(hidden_states, timestep, encoder_hidden_states, attention_mask, encoder_attention_mask)
+        stream = self.embed(inputs)
+        for index in range(len(self.blocks)):
+            stream = self.run_block(index, stream, inputs)
+        return self.head(stream, inputs)
+
+    def prepare(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Inputs:
         text, text_mask = drop_axis_1(encoder_hidden_states, 4), drop_axis_1(encoder_attention_mask, 3)
         self.check_inputs(hidden_states, timestep, text, attention_mask, text_mask)
-        patch = (1, self.config.patch_size, self.config.patch_size)
-        grid = tuple(size // p for size, p in zip(hidden_states.shape[2:], patch, strict=True))
-
-        x = self.embed(hidden_states)
-        y = self.caption_projection(text.to(x.dtype))
-        modulations, embedded = self.adaln_single(timestep)
-        rope = self.rope(grid, x.device)
-        mask = None if attention_mask is None else patch_mask(attention_mask, patch)
-        masks = {kind: visible_keys(mask, *kind) for kind in self.layer_kinds()}
+        grid = tuple(size // p for size, p in zip(hidden_states.shape[2:], self.patch, strict=True))
+        tokens = self.sequence(grid[0] * grid[1] * grid[2], text.shape[1])
+        rope = self.rope(grid, hidden_states.device)
+        ropes = {
+            place: {**rope, **{name: tokens.rows(rope[name], "video", place) for name in ("cos", "sin")}}
+            for place in set(self.places)
+        }
+        mask = None if attention_mask is None else patch_mask(attention_mask, self.patch)
+        masks = {place: visible_keys(mask, *place) for place in set(self.places)}
         text_mask = None if text_mask is None else visible_keys(text_mask != 0, 1, "single")
-        for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, y, modulations, rope, masks, text_mask, use_reentrant=False)
-            else:
-                x = block(x, y, modulations, rope, masks, text_mask)
+        return Inputs(hidden_states, timestep, text, masks, text_mask, grid, tokens, ropes)
 
+    def embed(self, inputs: Inputs) -> Stream:
+        x = self.embed_latent(inputs.latent)
+        y = self.caption_projection(inputs.text.to(x.dtype))
+        return inputs.tokens.split(x), y, *self.adaln_single(inputs.timestep)
+
+    def embed_latent(self, hidden_states: Tensor) -> Tensor:
+        return self.pos_embed(hidden_states)
+
+    def run_block(self, index: int, stream: Stream, inputs: Inputs) -> Stream:
+        x, y, modulations, embedded = stream
+        place = self.places[index]
+        x = inputs.tokens.move(x, self.places[index - 1] if index else DENSE, place)
+        args = (x, y, modulations, inputs.ropes[place], inputs.masks, inputs.text_mask, inputs.tokens)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(self.blocks[index], *args, use_reentrant=False)
+        else:
+            x = self.blocks[index](*args)
+        return x, y, modulations, embedded
+
+    def head(self, stream: Stream, inputs: Inputs) -> Tensor:
+        x, _, _, embedded = stream
+        x = inputs.tokens.move(x, self.places[-1], DENSE)
         rows = self.scale_shift_table.to(embedded.dtype) + embedded.unsqueeze(1)
         shift, scale = rows.to(x.dtype).unbind(1)
-        return unpatchify(self.proj_out(ops.adaln_modulate(x, shift, scale, eps=HEAD_NORM_EPS)), grid, patch)
+        x = self.proj_out(ops.adaln_modulate(x, shift, scale, eps=HEAD_NORM_EPS))
+        return unpatchify(inputs.tokens.join(x), inputs.grid, self.patch)
 
-    def embed(self, hidden_states: Tensor) -> Tensor:
-        return self.pos_embed(hidden_states)
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return 1, self.config.patch_size, self.config.patch_size
+
+    @property
+    def blocks(self) -> list[Any]:
+        """All blocks in the order of computation."""
+        return list(self.transformer_blocks)
+
+    def step_of(self, name: str) -> int:
+        """The block that a parameter is needed in, by index; -1 for `embed`, the number of blocks for `head`."""
+        part, *rest = name.split(".")
+        if part == "transformer_blocks":
+            return int(rest[0])
+        return len(self.places) if part in ("scale_shift_table", "proj_out") else -1
 
     def rope(self, grid: tuple[int, ...], device: torch.device) -> dict[str, Any]:
         sections = self.config.rope_sections
         cos, sin = ops.rope_3d_table(grid, sections, scale=self.config.interpolation_scale, device=device)
         return {"cos": cos, "sin": sin, "style": "half_per_axis", "sections": sections}
-
-    def layer_kinds(self) -> set[tuple[int, str]]:
-        return {self.config.layer_sparsity(i) for i in range(self.config.num_layers)}
 
     def check_inputs(self, latent: Tensor, timestep: Tensor, text: Tensor, *masks: Tensor | None) -> None:
         config, p, name = self.config, self.config.patch_size, type(self).__name__
@@ -266,7 +336,7 @@ class OpenSoraInpaint_v1_3(OpenSoraT2V_v1_3):
             embed = FramePatchEmbed(config.patch_size, channels, width)
             self.add_module(name, nn.Sequential(embed, nn.Linear(width, width, bias=False)))
 
-    def embed(self, hidden_states: Tensor) -> Tensor:
+    def embed_latent(self, hidden_states: Tensor) -> Tensor:
         channels = self.config.in_channels
         latent, given, mask = hidden_states.split((channels, channels, self.config.vae_scale_factor_t), 1)
         embeds: list[Any] = [getattr(self, name) for name in keys.INPAINT_MODULES]

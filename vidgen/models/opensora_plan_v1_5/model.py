@@ -8,7 +8,7 @@ columns), S text tokens, D head dim, E conditioning width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from vidgen import ops
 from vidgen.checkpoints.hf import PretrainedModel
 from vidgen.nn import (
+    ALONE,
+    DENSE,
     AdaNorm,
     FeedForward,
     FramePatchEmbed,
     Norm,
+    Place,
     TimestepTextEmbedding,
+    Tokens,
+    alone,
     drop_axis_1,
     init_default,
     init_normal,
@@ -53,13 +58,21 @@ class JointAttention(nn.Module):
         self.to_add_out = None if last else nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, y: Tensor, rope: dict[str, Any], mask: Tensor | None, text_mask: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        rope: dict[str, Any],
+        mask: Tensor | None,
+        text_mask: Tensor | None,
+        tokens: Tokens = ALONE,
     ) -> tuple[Tensor, Tensor | None]:
+        x, y = tokens.gather(x), tokens.gather(y, "text")
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v))
         text_q, text_k, text_v = (
             proj(y).unflatten(-1, (-1, self.head_dim)) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         )
-        grouped = self.pattern == "group" and self.sparse_n > 1  # written in that layout, it need not be copied to it
+        # written in that layout, they need not be copied to it
+        grouped = tokens.grouped and self.pattern == "group" and self.sparse_n > 1
         q, k, v = ops.qk_norm_rope(
             q,
             k,
@@ -73,7 +86,7 @@ class JointAttention(nn.Module):
         text_q, text_k = ops.qk_norm_rope(
             text_q, text_k, q_weight=self.norm_added_q.weight, k_weight=self.norm_added_k.weight, eps=self.eps
         )
-        attended = ops.skiparse_attention(
+        attended = tokens.skiparse_attention(
             q,
             k,
             v,
@@ -88,8 +101,9 @@ class JointAttention(nn.Module):
             num_tokens=x.shape[1],
         )
         video, text = attended if isinstance(attended, tuple) else (attended, None)
-        text = None if text is None or self.to_add_out is None else self.to_add_out(text.flatten(2))
-        return self.to_out[0](video.flatten(2)), text
+        if text is not None and self.to_add_out is not None:
+            text = tokens.scatter(self.to_add_out(text.flatten(2)), "text")
+        return tokens.scatter(self.to_out[0](video.flatten(2))), text
 
 
 class SparseMMDiTBlock(nn.Module):
@@ -107,7 +121,14 @@ class SparseMMDiTBlock(nn.Module):
         self.ff_enc = FeedForward(width, 4 * width, bias=False) if text_ff else None
 
     def forward(
-        self, x: Tensor, y: Tensor, c: Tensor, rope: dict[str, Any], mask: Tensor | None, text_mask: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        c: Tensor,
+        rope: dict[str, Any],
+        mask: Tensor | None,
+        text_mask: Tensor | None,
+        tokens: Tokens = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """Video ``(B, N, hidden)`` and text ``(B, S, hidden)`` under the condition ``c`` ``(B, E)``."""
         x, y = self.finite(x), self.finite(y)
@@ -118,6 +139,7 @@ class SparseMMDiTBlock(nn.Module):
             rope,
             mask,
             text_mask,
+            tokens,
         )
 
         shift, scale, ff_gate, text_shift, text_scale, text_ff_gate = self.norm2(c, x.dtype)
@@ -126,11 +148,12 @@ class SparseMMDiTBlock(nn.Module):
             y, text_normed = self.add_and_modulate(
                 self.norm2.norm_enc, y, text_gate, text_attended, text_shift, text_scale
             )
-            y = ops.gated_residual(y, text_ff_gate, self.ff_enc(text_normed))
+            processed = tokens.scatter(self.ff_enc(tokens.gather(text_normed, "text")), "text")
+            y = ops.gated_residual(y, text_ff_gate, processed)
         elif self.shared_ff:  # text enters the network as it is, without norm and modulation
             y = y if self.last else self.finite(ops.gated_residual(y, text_gate, text_attended))
-            y = ops.gated_residual(y, text_ff_gate, self.ff(y))
-        return ops.gated_residual(x, ff_gate, self.ff(normed)), y
+            y = ops.gated_residual(y, text_ff_gate, tokens.scatter(self.ff(tokens.gather(y, "text")), "text"))
+        return ops.gated_residual(x, ff_gate, tokens.scatter(self.ff(tokens.gather(normed)))), y
 
     def add_and_modulate(
         self, norm: Norm, x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor
@@ -144,6 +167,24 @@ class SparseMMDiTBlock(nn.Module):
     def finite(self, x: Tensor) -> Tensor:
         """The streams of the released model leave float16's range: sampling in float16 saturates them instead."""
         return x if self.training or x.dtype != torch.float16 else x.nan_to_num()
+
+
+class Inputs(NamedTuple):
+    """What a forward pass is given, checked, and what follows from it without any weight."""
+
+    latent: Tensor
+    timestep: Tensor
+    pooled: Tensor
+    text: Tensor
+    mask: Tensor | None
+    text_mask: Tensor | None
+    grid: tuple[int, ...]
+    tokens: Tokens
+    ropes: dict[Place, dict[str, Any]]
+
+
+# Video, text and condition; then video and text of the stages whose mirror images are still to come.
+Stream = tuple[Tensor, ...]
 
 
 class SparseUMMDiT(PretrainedModel):
@@ -164,13 +205,20 @@ class SparseUMMDiT(PretrainedModel):
         self.time_text_embed = TimestepTextEmbedding(config.pooled_projection_dim, config.timestep_embed_dim)
         self.caption_projection = nn.Linear(config.caption_channels, width)
 
+        self.sequence = alone  # of the counts of video and text tokens; set by vidgen.parallel
+        self.places: list[Place] = []  # ratio and pattern of each block
+        self.stages: list[int] = []  # stage of each block
         self.transformer_blocks = nn.ModuleList()
         for stage, (num_blocks, ratio) in enumerate(zip(config.num_layers, config.stage_ratios, strict=True)):
             blocks = nn.ModuleList()
             for i in range(num_blocks):
                 last = stage == num_stages - 1 and i == num_blocks - 1
-                blocks.append(SparseMMDiTBlock(config, ratio, "group" if i % 2 else "single", last))
+                pattern = "group" if i % 2 else "single"
+                blocks.append(SparseMMDiTBlock(config, ratio, pattern, last))
+                self.places.append((ratio, pattern))
+                self.stages.append(stage)
             self.transformer_blocks.append(blocks)
+        self.stage_starts = [self.stages.index(stage) for stage in range(num_stages)]
 
         num_skips = num_stages // 2 if config.skip_connection else 0
         self.skip_norm_linear = nn.ModuleList(skip_layer(config) for _ in range(num_skips))
@@ -206,44 +254,95 @@ class SparseUMMDiT(PretrainedModel):
         Raises:
             ValueError: shapes do not fit each other or the configuration.
         """
+        inputs = self.prepare(
+            hidden_states, timestep, pooled_projections, encoder_hidden_states, attention_mask, encoder_attention_mask
+        )
+        stream = self.embed(inputs)
+        for index in range(len(self.blocks)):
+            stream = self.run_block(index, stream, inputs)
+        return self.head(stream, inputs)
+
+    def prepare(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        pooled_projections: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Inputs:
         pooled, text = drop_axis_1(pooled_projections, 3), drop_axis_1(encoder_hidden_states, 4)
         mask, text_mask = attention_mask, drop_axis_1(encoder_attention_mask, 3)
         self.check_inputs(hidden_states, timestep, pooled, text, mask, text_mask)
-        patch = (self.config.patch_size_t, self.config.patch_size, self.config.patch_size)
+        patch, sections = self.patch, self.config.rope_sections
         grid = tuple(size // p for size, p in zip(hidden_states.shape[2:], patch, strict=True))
-
-        c = self.time_text_embed(timestep, pooled)
-        c = F.silu(c.to(torch.promote_types(c.dtype, torch.float32)))
-        x = self.patch_embed(hidden_states)
-        y = self.caption_projection(text.to(x.dtype))
-        sections = self.config.rope_sections
-        cos, sin = ops.rope_3d_table(grid, sections, device=x.device)
-        rope = {"cos": cos, "sin": sin, "style": "half_per_axis", "sections": sections}
+        tokens = self.sequence(grid[0] * grid[1] * grid[2], text.shape[1])
+        table = ops.rope_3d_table(grid, sections, device=hidden_states.device)
+        ropes = {}
+        for place in set(self.places):
+            cos, sin = (tokens.rows(t, "video", place) for t in table)
+            ropes[place] = {"cos": cos, "sin": sin, "style": "half_per_axis", "sections": sections}
         if mask is not None:  # a token is valid where any of its patch is
             mask = patch_mask(mask, patch)
         text_mask = None if text_mask is None else text_mask != 0
+        return Inputs(hidden_states, timestep, pooled, text, mask, text_mask, grid, tokens, ropes)
 
-        stages: list[Any] = list(self.transformer_blocks)
-        skips: list[tuple[Tensor, Tensor]] = []
-        middle = len(stages) // 2
-        for stage, blocks in enumerate(stages):
-            if self.config.skip_connection and stage > middle:
-                skip_x, skip_y = skips.pop()
-                x = self.skip_norm_linear[stage - middle - 1](torch.cat([x, skip_x], dim=-1))
-                y = self.skip_norm_linear_enc[stage - middle - 1](torch.cat([y, skip_y], dim=-1))
-            for block in blocks:
-                x, y = self.run_block(block, x, y, c, rope, mask, text_mask)
-            if stage < middle:
-                skips.append((x, y))
+    def embed(self, inputs: Inputs) -> Stream:
+        c = self.time_text_embed(inputs.timestep, inputs.pooled)
+        c = F.silu(c.to(torch.promote_types(c.dtype, torch.float32)))
+        x = self.patch_embed(inputs.latent)
+        y = self.caption_projection(inputs.text.to(x.dtype))
+        return inputs.tokens.split(x), inputs.tokens.split_text(y), c
 
+    def run_block(self, index: int, stream: Stream, inputs: Inputs) -> Stream:
+        x, y, c, *skips = stream
+        tokens, place = inputs.tokens, self.places[index]
+        x = tokens.move(x, self.place_before(index), place)
+        stage, middle = self.stages[index], len(self.transformer_blocks) // 2
+        begins, ends = index in self.stage_starts, index + 1 in (*self.stage_starts, len(self.blocks))
+        if self.config.skip_connection and stage > middle and begins:
+            skip_x, skip_y = skips.pop(-2), skips.pop()
+            mirror = len(self.transformer_blocks) - 1 - stage
+            skip_x = tokens.move(skip_x, self.place_before(self.stage_starts[mirror + 1]), place)
+            x = self.skip_norm_linear[stage - middle - 1](torch.cat([x, skip_x], dim=-1))
+            y = self.skip_norm_linear_enc[stage - middle - 1](torch.cat([y, skip_y], dim=-1))
+        block, args = self.blocks[index], (x, y, c, inputs.ropes[place], inputs.mask, inputs.text_mask, tokens)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x, y = checkpoint(block, *args, use_reentrant=False)
+        else:
+            x, y = block(*args)
+        if self.config.skip_connection and stage < middle and ends:
+            skips += [x, y]
+        return x, y, c, *skips
+
+    def head(self, stream: Stream, inputs: Inputs) -> Tensor:
+        x, _, c = stream
+        x = inputs.tokens.move(x, self.places[-1], DENSE)
         shift, scale = self.norm_out(c, x.dtype)
         x = modulate(self.norm_out.norm, self.norm_final(x), shift, scale)
-        return unpatchify(self.proj_out(x), grid, patch)
+        return unpatchify(inputs.tokens.join(self.proj_out(x)), inputs.grid, self.patch)
 
-    def run_block(self, block: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.config.patch_size_t, self.config.patch_size, self.config.patch_size
+
+    @property
+    def blocks(self) -> list[Any]:
+        """All blocks in the order of computation."""
+        return [block for stage in cast(Any, self.transformer_blocks) for block in stage]
+
+    def place_before(self, index: int) -> Place:
+        """Where the tokens lie that come to a block."""
+        return self.places[index - 1] if index else DENSE
+
+    def step_of(self, name: str) -> int:
+        """The block that a parameter is needed in, by index; -1 for `embed`, the number of blocks for `head`."""
+        part, *rest = name.split(".")
+        if part == "transformer_blocks":
+            return self.stage_starts[int(rest[0])] + int(rest[1])
+        if part.startswith("skip_norm_linear"):
+            return self.stage_starts[len(self.transformer_blocks) // 2 + 1 + int(rest[0])]
+        return len(self.places) if part in ("norm_final", "norm_out", "proj_out") else -1
 
     def check_inputs(
         self, latent: Tensor, timestep: Tensor, pooled: Tensor, text: Tensor, *masks: Tensor | None

@@ -7,7 +7,7 @@ Shapes: B batch, L video tokens (frames, then rows, then columns), S text tokens
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vidgen import ops
 from vidgen.checkpoints.hf import PretrainedModel
-from vidgen.nn import init_default
+from vidgen.nn import ALONE, Tokens, alone, init_default
+from vidgen.nn.sequence import Kind
 
 from . import checkpoint as keys
 from .config import MMDiTConfig
@@ -24,6 +25,14 @@ from .embeddings import MLPEmbedder, Rope, rope_table, timestep_embedding
 
 TIMESTEP_CHANNELS = 256
 NORM_EPS = 1e-6
+
+
+class Ropes(NamedTuple):
+    """Rotations of this process's tokens, as the two kinds of blocks hold them."""
+
+    text: Rope
+    video: Rope
+    joint: Rope
 
 
 class Modulation(nn.Module):
@@ -99,30 +108,28 @@ class DoubleStreamBlock(nn.Module):
             nn.Sequential(nn.Linear(width, inner), nn.GELU("tanh"), nn.Linear(inner, width)) for _ in range(2)
         )
 
-    def forward(self, img: Tensor, txt: Tensor, activated: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, activated: Tensor, ropes: Ropes, tokens: Tokens = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """Video ``(B, L, hidden)`` and text ``(B, S, hidden)`` under ``activated = silu(vec)`` ``(B, hidden)``."""
-        num_text = txt.shape[1]
         img_shift, img_scale, img_gate, *img_ff = self.img_mod(activated)
         txt_shift, txt_scale, txt_gate, *txt_ff = self.txt_mod(activated)
-        video = self.img_attn(ops.adaln_modulate(img, img_shift, img_scale, eps=NORM_EPS), rope.part(num_text, None))
-        text = self.txt_attn(ops.adaln_modulate(txt, txt_shift, txt_scale, eps=NORM_EPS), rope.part(0, num_text))
-        attended = attend(*(torch.cat(pair, 1) for pair in zip(text, video, strict=True)))
-        img = finish(img, img_gate, self.img_attn.proj(attended[:, num_text:]), self.img_mlp, *img_ff)
-        txt = finish(txt, txt_gate, self.txt_attn.proj(attended[:, :num_text]), self.txt_mlp, *txt_ff)
-        return img, txt
+        normed = tokens.gather(ops.adaln_modulate(img, img_shift, img_scale, eps=NORM_EPS))
+        video = self.img_attn(normed, ropes.video)
+        normed = tokens.gather(ops.adaln_modulate(txt, txt_shift, txt_scale, eps=NORM_EPS), "text")
+        text = self.txt_attn(normed, ropes.text)
+        attended = tokens.attention(*(torch.cat(pair, 1) for pair in zip(text, video, strict=True))).flatten(2)
+        num_text = normed.shape[1]  # padding of the text is attended as well
+        img_attended = tokens.scatter(self.img_attn.proj(attended[:, num_text:]))
+        txt_attended = tokens.scatter(self.txt_attn.proj(attended[:, :num_text]), "text")
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of ``(B, tokens, heads, D)``, heads merged. Padding of the text is attended as well."""
-    return cast(Tensor, ops.attention(q, k, v)).flatten(2)
-
-
-def finish(
-    x: Tensor, gate: Tensor, attended: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, mlp_gate: Tensor
-) -> Tensor:
-    """``x += gate * attended``, then ``x += mlp_gate * mlp(modulated norm of x)``."""
-    x, normed = ops.gated_residual_adaln(x, gate, attended, shift, scale, eps=NORM_EPS)
-    return ops.gated_residual(x, mlp_gate, mlp(normed))
+        img_shift, img_scale, img_ff_gate = img_ff
+        img, normed = ops.gated_residual_adaln(img, img_gate, img_attended, img_shift, img_scale, eps=NORM_EPS)
+        img = ops.gated_residual(img, img_ff_gate, tokens.scatter(self.img_mlp(tokens.gather(normed))))
+        txt_shift, txt_scale, txt_ff_gate = txt_ff
+        txt, normed = ops.gated_residual_adaln(txt, txt_gate, txt_attended, txt_shift, txt_scale, eps=NORM_EPS)
+        processed = tokens.scatter(self.txt_mlp(tokens.gather(normed, "text")), "text")
+        return img, ops.gated_residual(txt, txt_ff_gate, processed)
 
 
 class SingleStreamBlock(nn.Module):
@@ -132,6 +139,7 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.mlp_hidden_size
         self.head_dim, self.fused = config.head_dim, config.fused_qkv
+        self.sections = (width, width, width, inner)  # q, k, v and the feed-forward network's, on this process
         if self.fused:
             self.linear1 = nn.Linear(width, 3 * width + inner)
         else:
@@ -141,20 +149,20 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(self.head_dim)
         self.modulation = Modulation(width, 3)
 
-    def forward(self, x: Tensor, activated: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, activated: Tensor, rope: Rope, tokens: Tokens = ALONE) -> Tensor:
         """``(B, S + L, hidden)`` under ``activated = silu(vec)`` ``(B, hidden)``."""
-        width = x.shape[-1]
         shift, scale, gate = self.modulation(activated)
-        normed = ops.adaln_modulate(x, shift, scale, eps=NORM_EPS)
+        normed = tokens.gather(ops.adaln_modulate(x, shift, scale, eps=NORM_EPS), "joint")
         if self.fused:
-            q, k, v, inner = self.linear1(normed).split((width, width, width, self.linear2.in_features - width), -1)
+            q, k, v, inner = self.linear1(normed).split(self.sections, -1)
         else:
             q, k = self.q_proj(normed), self.k_proj(normed)
-            v, inner = self.v_mlp(normed).split((width, self.linear2.in_features - width), -1)
+            v, inner = self.v_mlp(normed).split(self.sections[2:], -1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         q, k = self.norm(q, k, rope)
-        attended = attend(q, k, v)
-        return ops.gated_residual(x, gate, self.linear2(torch.cat((attended, F.gelu(inner, approximate="tanh")), -1)))
+        attended = tokens.attention(q, k, v).flatten(2)
+        processed = self.linear2(torch.cat((attended, F.gelu(inner, approximate="tanh")), -1))
+        return ops.gated_residual(x, gate, tokens.scatter(processed, "joint"))
 
 
 class FinalLayer(nn.Module):
@@ -171,6 +179,23 @@ class FinalLayer(nn.Module):
         return self.linear(ops.adaln_modulate(x, shift, scale, eps=NORM_EPS))
 
 
+class Inputs(NamedTuple):
+    """What a forward pass is given, checked, and what follows from it without any weight."""
+
+    img: Tensor
+    txt: Tensor
+    timesteps: Tensor
+    y_vec: Tensor
+    cond: Tensor | None
+    guidance: Tensor | None
+    tokens: Tokens
+    ropes: Ropes
+
+
+# Video, text, the condition and its silu; from the single-stream blocks on, text and video are one.
+Stream = tuple[Tensor, ...]
+
+
 class MMDiT(PretrainedModel):
     """The velocity ``noise - latent`` of a noisy latent in packed form, from its text.
 
@@ -185,6 +210,7 @@ class MMDiT(PretrainedModel):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: bool | tuple[int, int] = False
+        self.sequence = alone  # of the counts of video and text tokens; set by vidgen.parallel
         width = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, width)
         self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, width)
@@ -227,26 +253,74 @@ class MMDiT(PretrainedModel):
         Raises:
             ValueError: shapes do not fit each other or the configuration, or ``cond`` or ``guidance`` is missing.
         """
-        self.check_inputs(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
-        dtype = self.img_in.weight.dtype
-        x = self.img_in(img.to(dtype))
-        if self.cond_in is not None and cond is not None:
-            x = x + self.cond_in(cond.to(dtype))
-        vec = self.time_in(timestep_embedding(timesteps, TIMESTEP_CHANNELS))
-        if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIMESTEP_CHANNELS))
-        vec = vec + self.vector_in(y_vec)
-        activated = F.silu(vec)
-        y = self.txt_in(txt.to(dtype))
-        rope = rope_table(torch.cat((txt_ids, img_ids), -2), self.config)
+        inputs = self.prepare(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
+        stream = self.embed(inputs)
+        for index in range(len(self.blocks)):
+            stream = self.run_block(index, stream, inputs)
+        return self.head(stream, inputs)
 
-        num_double, num_single = self.recomputed_blocks()
-        for index, block in enumerate(self.double_blocks):
-            x, y = run_block(block, index < num_double, x, y, activated, rope)
-        joint = torch.cat((y, x), 1)
-        for index, block in enumerate(self.single_blocks):
-            joint = run_block(block, index < num_single, joint, activated, rope)
-        return self.final_layer(joint[:, txt.shape[1] :], vec)
+    def prepare(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y_vec: Tensor,
+        cond: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Inputs:
+        self.check_inputs(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
+        num_text = txt.shape[1]
+        tokens = self.sequence(img.shape[1], num_text)
+        table = rope_table(torch.cat((txt_ids, img_ids), -2), self.config)
+        own: dict[Kind, Rope] = {"text": table.part(0, num_text), "video": table.part(num_text, None), "joint": table}
+        for kind, (cos, sin, style) in own.items():
+            own[kind] = Rope(tokens.rows(cos, kind), tokens.rows(sin, kind), style)
+        ropes = Ropes(own["text"], own["video"], own["joint"])
+        return Inputs(img, txt, timesteps, y_vec, cond, guidance, tokens, ropes)
+
+    def embed(self, inputs: Inputs) -> Stream:
+        dtype = self.img_in.weight.dtype
+        x = self.img_in(inputs.img.to(dtype))
+        if self.cond_in is not None and inputs.cond is not None:
+            x = x + self.cond_in(inputs.cond.to(dtype))
+        vec = self.time_in(timestep_embedding(inputs.timesteps, TIMESTEP_CHANNELS))
+        if self.guidance_in is not None and inputs.guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(inputs.guidance, TIMESTEP_CHANNELS))
+        vec = vec + self.vector_in(inputs.y_vec)
+        y = self.txt_in(inputs.txt.to(dtype))
+        return inputs.tokens.split(x), inputs.tokens.split_text(y), vec, F.silu(vec)
+
+    def run_block(self, index: int, stream: Stream, inputs: Inputs) -> Stream:
+        x, *y, vec, activated = stream
+        block, num_double = self.blocks[index], self.config.depth
+        doubles, singles = self.recomputed_blocks()
+        if index < num_double:
+            x, y[0] = recomputed(block, index < doubles, x, y[0], activated, inputs.ropes, inputs.tokens)
+            return x, y[0], vec, activated
+        joint = torch.cat((*y, x), 1)
+        joint = recomputed(block, index - num_double < singles, joint, activated, inputs.ropes.joint, inputs.tokens)
+        return joint, vec, activated
+
+    def head(self, stream: Stream, inputs: Inputs) -> Tensor:
+        x, *y, vec, _ = stream
+        num_text = 0 if y else inputs.tokens.split_text(inputs.txt).shape[1]
+        return inputs.tokens.join(self.final_layer(x[:, num_text:], vec))
+
+    @property
+    def blocks(self) -> list[Any]:
+        """All blocks in the order of computation."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    def step_of(self, name: str) -> int:
+        """The block that a parameter is needed in, by index; -1 for `embed`, the number of blocks for `head`."""
+        part, *rest = name.split(".")
+        if part == "double_blocks":
+            return int(rest[0])
+        if part == "single_blocks":
+            return self.config.depth + int(rest[0])
+        return self.config.depth + self.config.depth_single_blocks if part == "final_layer" else -1
 
     def recomputed_blocks(self) -> tuple[int, int]:
         """How many double and single blocks are computed again in the backward pass."""
@@ -308,5 +382,5 @@ class MMDiT(PretrainedModel):
         return ("*._extra_state",)
 
 
-def run_block(block: nn.Module, recompute: bool, *args: Any) -> Any:
+def recomputed(block: nn.Module, recompute: bool, *args: Any) -> Any:
     return checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)

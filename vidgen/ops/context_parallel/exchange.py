@@ -69,6 +69,14 @@ def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) 
     return torch.cat([shard for (shard,) in arrived], dim)
 
 
+def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Rank i gets its ``sizes[i]`` rows along ``dim`` of the sum over the ranks, which is taken in rank order and in
+    float32 and rounded once. Backward gathers."""
+    own = (*x.shape[:dim], sizes[dist.get_rank(group)], *x.shape[dim + 1 :])
+    arrived = exchange([[rows] for rows in x.split(list(sizes), dim)], [[own]] * len(sizes), group)
+    return sum_wide([rows for (rows,) in arrived])
+
+
 def all_reduce(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """The sum over the ranks; rank i adds up the ``sizes[i]`` rows of ``dim`` that are its own, in rank order and in
     float32. The result is the same on all ranks bit for bit, and in 16 bits it is rounded once."""

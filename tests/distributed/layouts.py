@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts of the first processes of the pool, made once: gloo keeps threads and sockets for each of their groups."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from vidgen.parallel import Layout, Parallel
+from vidgen.parallel.layout import mesh_dims
+
+
+def make_layout(members: int, **parallel: Any) -> Layout | None:
+    """The layout of the first ``members`` processes, None on the others."""
+    return _make(members, tuple(sorted(parallel.items()))) if dist.get_rank() < members else None
+
+
+@cache
+def _make(members: int, parallel: tuple[tuple[str, Any], ...]) -> Layout:
+    section = Parallel(**dict(parallel))
+    sizes, dims = section.sizes(members), mesh_dims(section.order)
+    # A mesh makes its groups with all processes; those that are none of its ranks would have to take part.
+    new_group = dist.new_group
+    local = {"use_local_synchronization": True}
+    with mock.patch("torch.distributed.device_mesh.new_group", lambda **options: new_group(**{**options, **local})):
+        mesh = DeviceMesh("cpu", torch.arange(members).view([sizes[dim] for dim in dims]), mesh_dim_names=dims)
+        return Layout(mesh, order=section.order, window=section.window)

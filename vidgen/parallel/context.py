@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vidgen.nn.sequence import DENSE, Kind, Place, Tokens
 from vidgen.ops import context_parallel as cp
 from vidgen.ops.context_parallel.exchange import gather, reduce_scatter
-from vidgen.ops.context_parallel.layout import starts
+from vidgen.ops.context_parallel.layout import Placement, starts
 
 from .layout import Layout
 
@@ -157,13 +157,12 @@ class ShardedTokens(Tokens):
 
     def _exchanged(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         layout = self.layout
-        ring = {"window": layout.window}
         if layout.size("ring") == 1:
             return cp.ulysses_attention(q, k, v, layout.group("ulysses"), **options)
         if layout.size("ulysses") == 1:
-            return cp.ring_attention(q, k, v, layout.group("ring"), **ring, **options)
+            return cp.ring_attention(q, k, v, layout.group("ring"), window=layout.window, **options)
         groups = layout.group("ulysses"), layout.group("ring")
-        return cp.usp_attention(q, k, v, *groups, order=layout.order, **ring, **options)
+        return cp.usp_attention(q, k, v, *groups, order=layout.order, window=layout.window, **options)
 
 
 class GroupTokens(ShardedTokens):
@@ -175,7 +174,7 @@ class GroupTokens(ShardedTokens):
     def split_text(self, y: Tensor) -> Tensor:
         return y
 
-    def _placement(self, place: Place) -> cp.Placement:
+    def _placement(self, place: Place) -> Placement:
         ranks = self.layout.size("context")
         if place[0] == 1:
             return cp.Shards(self.shares.shards("video"))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +21,9 @@ from vidgen.models.autoencoders.wfvae import WFVAE
 from vidgen.parallel.vae import frame_shares, parallel_decode, parallel_decode_stream, parallel_encode
 
 Group = dist.ProcessGroup
-SIDE = 8  # pixels of a latent cell, of all of them
 
 
+@cache
 def make_vae(system: str, **changes: Any) -> Any:
     """Tiny, with biases and norms that show, the same on all ranks."""
     torch.manual_seed(0)
@@ -39,16 +41,17 @@ def make_vae(system: str, **changes: Any) -> Any:
 
 
 def draw(vae: Any, kind: str, frames: int, size: tuple[int, int], batch: int) -> Tensor:
-    """A video or a latent of ``size`` cells, whose frames differ in mean and spread, as statistics must notice."""
+    """A video or a latent of ``size``, whose frames differ in mean and spread, as statistics must notice."""
     generator = torch.Generator().manual_seed(frames)
     video = kind == "encode"
     channels = 3 if video else (getattr(vae.config, "latent_channels", None) or vae.config.latent_dim)
-    unit = SIDE if video else 1
-    x = torch.randn(batch, channels, frames, size[0] * unit, size[1] * unit, generator=generator)
+    x = torch.randn(batch, channels, frames, *size, generator=generator)
     gain, offset = torch.rand(2, batch, 1, frames, 1, 1, generator=generator)
-    return (x * (0.5 + gain) + offset).clamp(-1, 1) if video else x * (0.5 + gain) + offset
+    x = x * (0.5 + gain) + offset
+    return x.clamp(-1, 1) if video else x
 
 
+@torch.no_grad()
 def alone(vae: Any, kind: str, x: Tensor, options: dict[str, Any]) -> Tensor:
     return vae.encode_moments(x, **options) if kind == "encode" else vae.decode(x, **options)
 
@@ -62,39 +65,48 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / max(1.0, float(b.abs().max()))) if b.numel() else 0.0
 
 
+WAYS = ("share", "whole", "stream")
+
+
 def errors(
     group: Group,
     system: str,
     kind: str,
     counts: list[int],
     *,
-    size: tuple[int, int] = (1, 2),
+    ways: tuple[str, ...] = WAYS,
+    size: tuple[int, int] | None = None,
     batch: int = 1,
     split: str = "frames",
     options: dict[str, Any] | None = None,
+    double: bool = False,
     **changes: Any,
 ) -> dict[int, float]:
-    """For each number of frames, how far the whole result, the shares and rank 0's stream are from one process."""
+    """How far results are from one process, for each number of frames: this rank's share, the whole result for the
+    first of them, and rank 0's stream for the last of them."""
     vae, options, found = make_vae(system, **changes), options or {}, {}
+    vae = copy.deepcopy(vae).double() if double else vae
+    if options.pop("diffusers_tiling", False):
+        options["diffusers_tiling"] = DiffusersTiling(height=32, width=32, overlap_height=0.25, overlap_width=0.25)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     for frames in counts:
-        x = draw(vae, kind, frames, size, batch)
-        wanted = alone(vae, kind, x, options)
-        found[frames] = difference(together(vae, kind, x, group, split=split, **options), wanted)
-        number = {"frames" if kind == "encode" else "latents": frames}
-        share = frame_shares(vae, dist.get_world_size(group), **number, **options)[dist.get_rank(group)]
-        start, stop = share.latents if kind == "encode" else share.frames
-        own = together(vae, kind, x, group, gather=False, split=split, **options)
-        found[frames] = max(found[frames], difference(own, wanted[:, :, start:stop]))
-        if kind == "decode":
+        x = draw(vae, kind, frames, size or ((8, 16) if kind == "encode" else (1, 2)), batch)
+        x = x.double() if double else x
+        wanted, apart = alone(vae, kind, x, options), []
+        if "share" in ways:
+            number = {"frames" if kind == "encode" else "latents": frames}
+            share = frame_shares(vae, ranks, **number, **options)[rank]
+            start, stop = share.latents if kind == "encode" else share.frames
+            own = together(vae, kind, x, group, gather=False, split=split, **options)
+            apart.append(difference(own, wanted[:, :, start:stop]))
+        if "whole" in ways and frames == counts[0]:
+            apart.append(difference(together(vae, kind, x, group, split=split, **options), wanted))
+        if "stream" in ways and frames == counts[-1] and kind == "decode":
             pieces = list(parallel_decode_stream(vae, x, group, split=split, **options))
-            assert bool(pieces) == (dist.get_rank(group) == 0)
-            found[frames] = max(found[frames], difference(torch.cat(pieces, 2), wanted) if pieces else 0.0)
+            assert bool(pieces) == (rank == 0)
+            apart += [difference(torch.cat(pieces, 2), wanted)] if pieces else []
+        found[frames] = max(apart, default=0.0)
     return found
-
-
-def diffusers_errors(group: Group, **arguments: Any) -> dict[int, float]:
-    tiling = DiffusersTiling(height=32, width=32, overlap_height=0.25, overlap_width=0.25)
-    return errors(group, "cogvideox", options={"diffusers_tiling": tiling}, **arguments)
 
 
 @contextmanager
@@ -117,7 +129,7 @@ def frames_seen(vae: nn.Module) -> Iterator[dict[str, int]]:
 def most_frames(group: Group, system: str, kind: str, frames: int, options: dict[str, Any]) -> tuple[int, int]:
     """Frames that the busiest convolution of this rank sees, and of one process."""
     vae = make_vae(system)
-    x = draw(vae, kind, frames, (1, 1), 1)
+    x = draw(vae, kind, frames, (8, 8) if kind == "encode" else (1, 1), 1)
     with frames_seen(vae) as whole:
         alone(vae, kind, x, {} if system != "cogvideox" else whole_clip(kind, frames))
     with frames_seen(vae) as shared:
@@ -134,7 +146,7 @@ def refusals(group: Group) -> dict[str, str]:
     """What each kind of wrong call says on this rank."""
     vae, rank, found = make_vae("wfvae"), dist.get_rank(group), {}
     latent = draw(vae, "decode", 2, (1, 1), 1)
-    needy = make_vae("wfvae").requires_grad_(True)
+    needy = copy.deepcopy(vae).requires_grad_(True)
     calls = {
         "one rank's input": lambda: parallel_decode(vae, latent[:, : 4 - (rank == 1)], group),
         "one rank's number of frames": lambda: parallel_decode(vae, latent[:, :, : 2 - (rank == 1)], group),
@@ -164,9 +176,9 @@ WIDE = {"base_channels": 32, "encoder_energy_flow_hidden_size": 32, "decoder_ene
 def bfloat16(group: Group, system: str, kind: str, frames: int) -> tuple[float, float]:
     """How far one process and all ranks are from float32, in bfloat16."""
     vae = make_vae(system)
-    x = draw(vae, kind, frames, (2, 1), 1)
+    x = draw(vae, kind, frames, (16, 8) if kind == "encode" else (2, 1), 1)
     truth = alone(vae, kind, x, {})
-    vae, x = vae.bfloat16(), x.bfloat16()
+    vae, x = copy.deepcopy(vae).bfloat16(), x.bfloat16()
     results = alone(vae, kind, x, {}), together(vae, kind, x, group)
     one, many = ((y.float() - truth).square().mean().sqrt().item() for y in results)
     return one, many

@@ -179,9 +179,7 @@ def prepare(where: str, vae: Any, x: Tensor, split: Split, options: dict[str, An
     if split not in get_args(Split):
         raise ValueError(f"{where}: split must be one of {get_args(Split)}, got {split!r}")
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in vae.parameters())):
-        raise ValueError(
-            f"{where}: weights and input must need no gradient, or be used under torch.no_grad(), got some"
-        )
+        raise ValueError(f"{where}: must be called under torch.no_grad(), got weights or an input that want gradients")
     device = next(vae.parameters()).device
     if x.device != device:
         raise ValueError(f"{where}: the input must be on the device of the weights, {device}, got {x.device}")

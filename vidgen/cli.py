@@ -15,14 +15,15 @@ from typing import Any
 from vidgen import __version__, config
 from vidgen.io import LockError
 
-USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
+UNEXPECTED, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
-    0: done, also where SIGTERM ended training after a checkpoint. 2: something that the user gave does not fit, in
-    one line. 3: training stopped itself, the last checkpoint is intact. 130: ctrl-C.
+    0: done, also where SIGTERM ended training after a checkpoint. 1: anything unexpected, also another process of a
+    run being gone. 2: something that the user gave does not fit, in one line. 3: training stopped itself, the last
+    checkpoint is intact. 4: a step took longer than it may, see vidgen.parallel.watchdog. 130: ctrl-C.
     """
     # Threads that wait by spinning take the cores from those that work when anything else runs beside them; read by
     # the OpenMP library when torch, which is not imported yet, loads it.
@@ -31,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and options.verb not in ("train", "plan"):
         parser.error(f"unknown arguments: {' '.join(rest)} (see vidgen {options.verb} --help)")
-    options.overrides = rest
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options.overrides, options.arguments = rest, list(sys.argv[1:] if arguments is None else arguments)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a run, which would all say the same
+    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
     if not sys.stderr.isatty():  # transformers then leaves its progress bars out of the log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vidgen.train.errors import TrainingStopped
@@ -40,13 +42,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
-        print("vidgen: interrupted", file=sys.stderr)
+        _say("vidgen: interrupted")
         return INTERRUPTED
     except (TrainingStopped, ValueError, OSError, ImportError, LockError) as error:
         if options.traceback:
             raise
-        print(f"vidgen {options.verb}: {error}", file=sys.stderr)
+        _say(f"vidgen {options.verb}: {error}")
         return STOPPED if isinstance(error, TrainingStopped) else USER_ERROR
+    except RuntimeError as error:
+        if options.traceback or not _lost_others(error):
+            raise
+        where = f"rank {os.environ['RANK']}"
+        _say(f"vidgen {options.verb}: {where}: another process is gone or does not answer: {error}", key="lost")
+        return UNEXPECTED
+
+
+def _say(text: str, key: str | None = None) -> None:
+    """Print a line on stderr; of the processes of a run, one does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        print(text, file=sys.stderr)
+        return
+    from vidgen.parallel.launch import say_once
+
+    say_once(text, key)
+
+
+def _lost_others(error: RuntimeError) -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from vidgen.parallel.watchdog import lost_others
+
+    return lost_others(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +110,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default="auto", help="auto (default): from the newest checkpoint, if any")
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="repeat a skipped step and say what went wrong")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into OUTPUT/profile")
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this node; several: use torchrun")
+    again = "with --nproc: start all again this often if one is killed (default 0)"
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="K", help=again)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the shapes, do nothing")
     parser.epilog = "Any field of the recipe can be set: --training.steps 500 --optimizer.lr 3e-4 --output runs/a"
 
@@ -179,19 +208,28 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from vidgen.parallel import launch
+    from vidgen.train.checkpoint import resume_after
     from vidgen.train.loop import replay, train
     from vidgen.train.recipe import load_recipe
     from vidgen.train.tasks import describe
 
     recipe = load_recipe(options.config, options.overrides)
+    if options.nproc is not None:
+        launch.check(recipe.parallel, options.nproc, options.max_restarts)
     if options.dry_run:
         _print({"recipe": config.to_dict(recipe), **describe(recipe)})
         return 0
     if options.replay is not None:
         _print(replay(recipe, options.replay))
         return 0
-    report = train(recipe, resume=options.resume, profile_steps=options.profile)
-    _print({name: value for name, value in report.items() if not isinstance(value, list)})
+    if options.nproc is not None:
+        rest = launch.without(options.arguments, "--nproc", "--max-restarts")
+        return launch.launch([sys.executable, "-m", "vidgen", *rest], options.nproc, max_restarts=options.max_restarts)
+    resume = resume_after(recipe.output, options.resume, launch.restarts())
+    report = train(recipe, resume=resume, profile_steps=options.profile)
+    if launch.rank() == 0:
+        _print({name: value for name, value in report.items() if not isinstance(value, list)})
     return 0
 
 

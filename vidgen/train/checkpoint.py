@@ -138,6 +138,11 @@ def find_checkpoint(
     return path
 
 
+def resume_after(run: str | Path, resume: str, restarts: int) -> str:
+    """What ``resume`` means to a run that is started again by itself: its own newest checkpoint, if it wrote one."""
+    return "auto" if restarts and checkpoints(run) else resume
+
+
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write ``optimizer.safetensors`` (tensors as ``INDEX.NAME``) and ``optimizer.json`` (the groups)."""
     from safetensors.torch import save_file

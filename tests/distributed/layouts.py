@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from vidgen.parallel import Layout, Parallel
 from vidgen.parallel.layout import mesh_dims
+
+TORCH, LOCAL = "torch.distributed", {"use_local_synchronization": True}
 
 
 def make_layout(members: int, **parallel: Any) -> Layout | None:
@@ -24,9 +27,12 @@ def make_layout(members: int, **parallel: Any) -> Layout | None:
 def _make(members: int, parallel: tuple[tuple[str, Any], ...]) -> Layout:
     section = Parallel(**dict(parallel))
     sizes, dims = section.sizes(members), mesh_dims(section.order)
-    # A mesh makes its groups with all processes; those that are none of its ranks would have to take part.
-    new_group = dist.new_group
-    local = {"use_local_synchronization": True}
-    with mock.patch("torch.distributed.device_mesh.new_group", lambda **options: new_group(**{**options, **local})):
+    # A mesh makes its groups with all processes; here those that are none of its ranks do not take part. Then the
+    # names of groups, which are counted, would differ between processes.
+    new_group, names = dist.new_group, (f"{members} {parallel} {n}" for n in count())
+    with (
+        mock.patch(f"{TORCH}.device_mesh.new_group", lambda **each: new_group(**each | LOCAL)),
+        mock.patch(f"{TORCH}.distributed_c10d._process_group_name", lambda ranks, hashed=None, **_: next(names)),
+    ):
         mesh = DeviceMesh("cpu", torch.arange(members).view([sizes[dim] for dim in dims]), mesh_dim_names=dims)
         return Layout(mesh, order=section.order, window=section.window)

@@ -126,6 +126,8 @@ class Layout:
         self.data_mesh = flat(mesh, ("replicate", "shard"), "data")  # different samples
         self.all_replicas_mesh = flat(mesh, ("replicate", "shard", *inner), "all_replicas")  # of one part
         self.world_mesh = flat(mesh, names, "world")
+        dims = ("pipeline", *inner, "tensor")  # of the processes that share samples
+        self.model_mesh = flat(mesh, dims, "model") if self.sizes["pipeline"] > 1 else self.sequence_mesh
 
     @classmethod
     def create(cls, parallel: Parallel, device_type: str = "cpu") -> Layout:
@@ -166,5 +168,5 @@ def mesh_dims(order: Order) -> tuple[str, ...]:
 
 
 def flat(mesh: DeviceMesh, dims: Sequence[str], name: str) -> DeviceMesh:
-    """Some neighbouring dimensions as one. ``_flatten`` is PyTorch's own name for it; this is its only use."""
+    """Some dimensions as one. ``_flatten`` is PyTorch's own name for it; this is its only use."""
     return mesh[tuple(dims)]._flatten(name)

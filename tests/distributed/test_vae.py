@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoencoders over the ranks of a group: every result equals that of one process."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -72,6 +73,11 @@ def test_variants_of_the_wfvae(pool: Pool, kind: str, changes: dict[str, str]) -
     check(pool.run("vae_cases.errors", 3, **case, **wide, **changes), IN_FLOAT64)
 
 
+def test_any_group(pool: Pool) -> None:
+    case = {"system": "hunyuan", "kind": "decode", "counts": [5], "double": True}
+    check(pool.run("vae_cases.errors_of_some", 4, members=(1, 3), **case), IN_FLOAT64)
+
+
 def test_odd_sizes(pool: Pool) -> None:
     case = {"system": "hunyuan", "kind": "encode", "counts": [11], "size": (13, 19), "batch": 2, "double": True}
     check(pool.run("vae_cases.errors", 3, **case), IN_FLOAT64)
@@ -136,6 +142,13 @@ def test_a_rank_sees_its_part_of_the_frames(
         assert here <= whole / 4 + latent_frame, (here, whole)
 
 
+@pytest.mark.parametrize("kind", ["encode", "decode"])
+@pytest.mark.parametrize("system", ["wfvae", "hunyuan", "cogvideox"])
+def test_volume_is_the_formulas(pool: Pool, system: str, kind: str) -> None:
+    found = pool.run("vae_cases.sent_and_formula", 3, system=system, kind=kind, frames=33 if kind == "encode" else 5)
+    assert sum(sent for sent, _ in found) == found[0][1] > 0
+
+
 def test_refusals_reach_every_rank(pool: Pool) -> None:
     found = pool.run("vae_cases.refusals", 2)
     assert found[0] == found[1]
@@ -156,3 +169,30 @@ def test_bfloat16_is_as_exact_as_on_one_process(pool: Pool, system: str) -> None
     for kind, frames in (("encode", 17), ("decode", 4)):
         for one, many in pool.run("vae_cases.bfloat16", 2, system=system, kind=kind, frames=frames):
             assert many <= 1.1 * one, (kind, one, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases(pool: Pool, seed: int) -> None:
+    """Any system, ranks, frames, size, chunks, tiles and split."""
+    random = Random(seed)
+    system, kind = random.choice(["wfvae", "wfvae_4x8x8", "hunyuan", "cogvideox"]), random.choice(["encode", "decode"])
+    latents, factor = random.randint(1, 10), 8 if system == "wfvae" else 4
+    frames = latents if kind == "decode" else factor * (latents - 1) + 1
+    if kind == "encode" and not system.startswith("wfvae"):
+        frames += random.randint(0, 3)
+    size = (random.randint(1, 4), random.randint(1, 4))
+    size = size if kind == "decode" else (8 * size[0], 8 * size[1])
+    options: dict[str, Any] = {}
+    if system == "cogvideox" and random.random() < 0.3:
+        options = {"chunk_frames": None} if kind == "encode" else {"chunk_latents": [frames]}
+    elif system != "hunyuan" and random.random() < 0.6:
+        chunk = random.randint(1, 3)
+        options = {"chunk_frames": chunk * factor} if kind == "encode" else {"chunk_latents": chunk}
+    tiled = random.random() < 0.4
+    if tiled and system != "hunyuan":
+        options |= {"tile_size": 16, "tile_overlap": random.choice([0, 8])}
+    changes = random.choice([IN_TIME, IN_SPACE, IN_TIME | IN_SPACE]) if tiled and system == "hunyuan" else {}
+    case = {"system": system, "kind": kind, "counts": [frames], "size": size, "batch": random.randint(1, 2)}
+    case |= {"split": random.choice(["frames", "tiles"]) if tiled else "frames", "options": options, "double": True}
+    check(pool.run("vae_cases.errors", random.randint(1, 4), **case, **changes), 1e-6 if tiled else IN_FLOAT64)

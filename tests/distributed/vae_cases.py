@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from cases import GROUPS
 from torch import Tensor, nn
 
 from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config, wfvae_config
@@ -19,6 +21,8 @@ from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE
 from vidgen.models.autoencoders.layers import FrameConv
 from vidgen.models.autoencoders.wfvae import WFVAE
 from vidgen.parallel.vae import frame_shares, parallel_decode, parallel_decode_stream, parallel_encode
+from vidgen.parallel.vae_stream import Peers
+from vidgen.parallel.vae_volume import frames_volume
 
 Group = dist.ProcessGroup
 
@@ -62,6 +66,7 @@ def together(vae: Any, kind: str, x: Tensor, group: Group, **options: Any) -> Te
 
 def difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape)
+    assert a.isfinite().all()  # max() of Python passes over NaN
     return float((a - b).abs().max() / max(1.0, float(b.abs().max()))) if b.numel() else 0.0
 
 
@@ -77,7 +82,7 @@ def errors(
     ways: tuple[str, ...] = WAYS,
     size: tuple[int, int] | None = None,
     batch: int = 1,
-    split: str = "frames",
+    split: Any = "frames",
     options: dict[str, Any] | None = None,
     double: bool = False,
     **changes: Any,
@@ -107,6 +112,11 @@ def errors(
             apart += [difference(torch.cat(pieces, 2), wanted)] if pieces else []
         found[frames] = max(apart, default=0.0)
     return found
+
+
+def errors_of_some(group: Group, members: tuple[int, ...], **arguments: Any) -> dict[int, float]:
+    """As :func:`errors`, on some ranks only, which are numbered otherwise in their group."""
+    return errors(GROUPS[members], **arguments) if dist.get_rank() in members else {0: 0.0}
 
 
 @contextmanager
@@ -152,7 +162,7 @@ def refusals(group: Group) -> dict[str, str]:
         "one rank's number of frames": lambda: parallel_decode(vae, latent[:, :, : 2 - (rank == 1)], group),
         "one rank's option": lambda: parallel_decode(vae, latent, group, chunk_latents=1 + (rank == 1)),
         "gradient": lambda: parallel_decode(needy, latent, group),
-        "split": lambda: parallel_decode(vae, latent, group, split="both"),
+        "split": lambda: parallel_decode(vae, latent, group, split="both"),  # type: ignore[arg-type]
         "unknown option": lambda: parallel_decode(vae, latent, group, chunks=1),
         "chunks of a norm over all frames": lambda: parallel_decode(
             make_vae("wfvae", norm_type="groupnorm", **WIDE), latent, group, chunk_latents=1
@@ -168,6 +178,23 @@ def refusals(group: Group) -> dict[str, str]:
     with torch.no_grad():  # as pipelines call it, whatever the weights want
         assert not parallel_decode(needy, latent, group).requires_grad
     return found
+
+
+def sent_and_formula(group: Group, system: str, kind: str, frames: int) -> tuple[int, int]:
+    """Elements that this rank sends, and those that all should send together."""
+    vae, counted = make_vae(system), []
+    x = draw(vae, kind, frames, (8, 16) if kind == "encode" else (1, 2), 2)
+    options = whole_clip(kind, frames) if system == "cogvideox" else {}
+    coding = (vae.encoding if kind == "encode" else vae.decoding)(x, **options)
+    swap = Peers.swap
+
+    def counting(peers: Peers, sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
+        counted.append(sum(t.numel() for t in sent.values()))
+        swap(peers, sent, received)
+
+    with mock.patch.object(Peers, "swap", counting):
+        together(vae, kind, x, group, gather=False, **options)
+    return sum(counted), sum(frames_volume(coding, dist.get_world_size(group)))
 
 
 WIDE = {"base_channels": 32, "encoder_energy_flow_hidden_size": 32, "decoder_energy_flow_hidden_size": 32}

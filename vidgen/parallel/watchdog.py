@@ -74,7 +74,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if error is not None and lost_others(error):
             told = "".join(traceback.format_exception(error))
-            self._write(f"{self._what} ended after {time.monotonic() - self._began:.1f} s: {error}", told)
+            self._write(f"{self._what} ended after {time.monotonic() - self._began:.1f} s: {str(error)[:150]}", told)
 
     def step(self, number: int) -> None:
         """A step begins, and with it its time."""

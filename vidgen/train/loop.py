@@ -26,10 +26,12 @@ from vidgen import __version__, config
 from vidgen import device as devices
 from vidgen.checkpoints.distributed import is_distributed
 from vidgen.io import lock_directory, read_json, write_json
-from vidgen.parallel import Layout
+from vidgen.parallel import Layout, Parallel, launch
 from vidgen.parallel.sharding import gather, local, reduce_over_replicas, sum_over_tensor
+from vidgen.parallel.watchdog import Watchdog
 
 from . import checkpoint, sharded_checkpoint
+from .encoding import micro_batches
 from .errors import TrainingStopped
 from .gradient_clipping import AdaptiveGradientClipping, gradient_norm, norm_over
 from .metrics import METRICS, MetricsLog, Progress, plot_loss, read_metrics
@@ -50,6 +52,7 @@ FIXED = (
     "model.",
     "training.precision",
 )  # parts of a recipe that a checkpoint cannot be resumed without
+END_FACTOR = 10.0  # the first process writes whole model folders, which takes longer than a step
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
 
 
@@ -80,7 +83,9 @@ def train(
             raise ValueError("train: recipe must be the same on all processes")
         ranks.on_first(lambda: stack.enter_context(lock_directory(recipe.output)))
         terminated = stack.enter_context(_sigterm())
+        watchdog = stack.enter_context(_watchdog(recipe, ranks))
         run = _Run(recipe, resume, ranks, device)
+        run.watchdog = watchdog
         stack.callback(run.close)
         return run.train(terminated, profile_steps)
 
@@ -141,8 +146,18 @@ def _sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _watchdog(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[Watchdog | None]:
+    """Of a run of several processes; one alone waits for nobody."""
+    if ranks.layout is None:
+        return contextlib.nullcontext()
+    timeout_s = (recipe.parallel or Parallel()).timeout_s
+    return Watchdog(Path(recipe.output) / "hang", timeout_s=timeout_s, rank=ranks.rank, parent=launch.parent())
+
+
 class _Run:
     """Everything that a run holds between its steps."""
+
+    watchdog: Watchdog | None = None
 
     def __init__(self, recipe: Recipe, resume: str, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.output = recipe, Path(recipe.output)
@@ -180,9 +195,7 @@ class _Run:
         self.log = ranks.together(
             lambda: MetricsLog(self.output / METRICS, last_step=self.step) if ranks.is_first else None
         )
-        batch, used = recipe.training.batch_size, self.step * recipe.training.accumulation * ranks.data_ranks
-        first = (used + ranks.data_rank) * batch
-        self.samples = ranks.together(lambda: self.task.samples(first, stride=ranks.data_ranks))
+        self.samples = micro_batches(self.task, ranks, self.step, step_seed)
         self.broken = set(self.task.dataset.broken)
         self.saver: Saver | None = None
         if ranks.layout is not None:
@@ -260,6 +273,8 @@ class _Run:
     def _save_in_background(self, saver: Saver, progress: Progress) -> None:
         """Copy what is to be saved and let it be written while training goes on; the last checkpoint is waited for."""
         assert isinstance(self.optimizer, ShardedEMAAdamW)
+        if self.watchdog is not None:
+            self.watchdog.phase(f"saving step {self.step}", END_FACTOR)
         self._note_saved(progress, saver.wait())
         last = self.step >= self.recipe.training.steps
         averaged, dtype = self.recipe.optimizer.ema_decay is not None, self.task.dtype
@@ -309,6 +324,8 @@ class _Run:
         began, first_step = time.monotonic(), self.step
         try:
             while self.step < options.steps and not any(self.ranks.any(terminated.is_set())):
+                if self.watchdog is not None:
+                    self.watchdog.step(self.step + 1)
                 with contextlib.nullcontext() if profiler is None else profiler.step():
                     record = self._step()
                 if profiler is not None:
@@ -321,6 +338,8 @@ class _Run:
                 due = self.step % options.checkpoint_every == 0 and self.step < options.steps
                 if due and self.skipped_in_row == 0:
                     self.save(progress)
+            if self.watchdog is not None:
+                self.watchdog.phase("the end of the run", END_FACTOR)
             if self.step > first_step:
                 if self.step >= options.steps:
                     self._finish()

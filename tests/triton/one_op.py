@@ -126,6 +126,8 @@ def test_every_output_is_written_and_nothing_else(dtype, i, monkeypatch):
     got = battery.tensors(OP(*args))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(battery.tensors(args), battery.tensors(before), strict=True))
+    memory = [t.untyped_storage().data_ptr() for t in got if t.numel()]
+    assert len(set(memory)) == len(memory), "two results share memory"
 
 
 if OP.differentiable:

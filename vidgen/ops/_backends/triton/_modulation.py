@@ -315,9 +315,9 @@ def launch_backward(
     return {
         "x": grad_x,
         "y": grad_y,
-        "shift": plain.to(x.dtype),
-        "scale": whole["scale"] if per_token["scale"] else grad_scale.to(x.dtype),
+        "shift": plain.to(x.dtype, copy=True),  # results of an op share no memory
+        "scale": whole["scale"] if per_token["scale"] else grad_scale.to(x.dtype, copy=True),
         "weight": new(0) if weight is None else gained_along.sum(0).to(x.dtype),
         "bias": new(0) if bias is None else gained.sum(0).to(x.dtype),
-        "gate": new(0) if not gated else whole["gate"] if per_token["gate"] else totals[2].to(x.dtype),
+        "gate": new(0) if not gated else whole["gate"] if per_token["gate"] else totals[2].to(x.dtype, copy=True),
     }

@@ -239,5 +239,5 @@ def group_norm_silu_backward(
             grad, v.x, mean, rstd, weight, bias, through_mean, through_rstd, grad_x, v.channels, v.positions,
             v.channel_stride, v.position_stride, **constants,
         )  # fmt: skip
-    grad_bias, grad_weight = totals.sum(1).to(x.dtype)
+    grad_bias, grad_weight = (total.sum(0).to(x.dtype) for total in totals)
     return grad_x, x.new_empty(0) if weight is None else grad_weight, x.new_empty(0) if bias is None else grad_bias

@@ -109,5 +109,5 @@ def layer_norm_silu_backward(
             CHANNELS=v.channels_block, POSITIONS=v.positions_block, STAGES=v.stages, **gpu(x, num_warps=v.warps),
             **rounded_products(x),
         )  # fmt: skip
-    grad_bias, grad_weight = sums.sum((1, 2)).to(x.dtype)
+    grad_bias, grad_weight = (total.sum((0, 1)).to(x.dtype) for total in sums)
     return grad_x, grad_weight, grad_bias

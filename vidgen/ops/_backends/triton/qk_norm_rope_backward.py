@@ -229,5 +229,5 @@ def qk_norm_rope_backward(
             STAGES=stages(x, 2 * shape.elements),
             **gpu(x, num_warps=shape.warps),
         )
-    grad_weight, grad_bias = sums.sum(1).to(x.dtype)
+    grad_weight, grad_bias = (total.sum(0).to(x.dtype) for total in sums)
     return grad_x, grad_weight, grad_bias

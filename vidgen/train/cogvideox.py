@@ -124,15 +124,22 @@ def draw_text(task: DiTTask, captions: Sequence[str], generator: torch.Generator
     return task.text([text if keep else "" for text, keep in zip(captions, kept.tolist(), strict=True)])
 
 
-def loss(task: DiTTask, latents: Tensor, text: Features, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+def conditions(task: DiTTask, latents: Tensor, batch: dict[str, Any], generator: torch.Generator) -> Features:
+    config: CogVideoXConfig = task.model.config
+    if not is_image_model(config):
+        return {}
+    latents = pad_training_latents(latents, config.patch_size_t)
+    return {"image": image_condition(task, latents, batch["video"], generator)}
+
+
+def loss(task: DiTTask, latents: Tensor, text: Features, given: Features, generator: torch.Generator) -> Tensor:
     options: Options = task.options
     config: CogVideoXConfig = task.model.config
     latents = pad_training_latents(latents, config.patch_size_t)
-    image = image_condition(task, latents, batch["video"], generator) if is_image_model(config) else None
     shift = options.snr_shift or (1.0 if config.use_rotary_positional_embeddings else 3.0)
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        x = x if image is None else torch.cat([x, image.to(x)], 1)
+        x = torch.cat([x, given["image"].to(x)], 1) if given else x
         return task.model(x.to(task.dtype), timestep, **text)
 
     return cogvideox_loss(

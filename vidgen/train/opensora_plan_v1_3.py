@@ -140,12 +140,15 @@ def draw_text(task: DiTTask, captions: Sequence[str], generator: torch.Generator
     return task.text([drop_caption(t, probability=rate, inpaint=inpaint, generator=generator) for t in captions])
 
 
-def loss(task: DiTTask, latents: Tensor, text: Features, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+def conditions(task: DiTTask, latents: Tensor, batch: dict[str, Any], generator: torch.Generator) -> Features:
+    return {"given": draw_given(task, batch["video"], generator)} if needs_video(task.model.config) else {}
+
+
+def loss(task: DiTTask, latents: Tensor, text: Features, given: Features, generator: torch.Generator) -> Tensor:
     options: Options = task.options
-    given = draw_given(task, batch["video"], generator) if needs_video(task.model.config) else None
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        x = x if given is None else torch.cat([x, given.to(x)], 1)
+        x = torch.cat([x, given["given"].to(x)], 1) if given else x
         return task.model(x.to(task.dtype), timestep, **text)
 
     return v_prediction_loss(

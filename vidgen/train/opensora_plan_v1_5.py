@@ -115,7 +115,13 @@ def draw_text(task: DiTTask, captions: Sequence[str], generator: torch.Generator
     return task.text([text if keep else "" for text, keep in zip(captions, kept.tolist(), strict=True)])
 
 
-def loss(task: DiTTask, latents: Tensor, text: Features, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+def conditions(task: DiTTask, latents: Tensor, batch: dict[str, Any], generator: torch.Generator) -> Features:
+    """What else the transformer is shown, made by the VAE from the pixels of a batch; all draws that it needs."""
+    return {}
+
+
+def loss(task: DiTTask, latents: Tensor, text: Features, given: Features, generator: torch.Generator) -> Tensor:
+    """The loss of a batch from what its encoders, `draw_text` and `conditions` have made of it."""
     options: Options = task.options
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:

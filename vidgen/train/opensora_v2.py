@@ -118,13 +118,16 @@ def draw_text(task: DiTTask, captions: Sequence[str], generator: torch.Generator
     return {name: drop_text(value, null[name], draws[name], ratio) for name, value in text.items()}
 
 
-def loss(task: DiTTask, latents: Tensor, text: Features, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+def conditions(task: DiTTask, latents: Tensor, batch: dict[str, Any], generator: torch.Generator) -> Features:
+    if not task.model.config.cond_embed:
+        return {}
+    mask, masked = draw_condition(task, latents, batch["video"], generator)
+    return {"mask": mask, "masked_latent": masked}
+
+
+def loss(task: DiTTask, latents: Tensor, text: Features, given: Features, generator: torch.Generator) -> Tensor:
     options: Options = task.options
     config: MMDiTConfig = task.model.config
-    given: dict[str, Tensor] = {}
-    if config.cond_embed:
-        mask, masked = draw_condition(task, latents, batch["video"], generator)
-        given = {"mask": mask, "masked_latent": masked}
     arguments, target = training_inputs(
         latents.to(task.dtype),
         text["txt"],

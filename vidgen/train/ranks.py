@@ -56,6 +56,14 @@ class Ranks:
         """Whether this process speaks for those that share its samples."""
         return self.layout is None or all(self.layout.rank(dim) == 0 for dim in ("pipeline", "sequence"))
 
+    def of_replica(self) -> Ranks:
+        """The ranks that share this one's samples, for agreement among them."""
+        replica = Ranks(self.layout)
+        if self.layout is not None:
+            replica.group, replica.size = self.layout.group("model"), self.layout.size("model")
+            replica.rank = self.layout.rank("model")
+        return replica
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on some process."""
         if self.layout is None:

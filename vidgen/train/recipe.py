@@ -127,6 +127,17 @@ class Text:
 
 
 @dataclass
+class Encoders:
+    """When and where clips and captions are encoded while a DiT is trained; samples and losses do not depend on it."""
+
+    data_parallel: bool = True  # processes that share samples encode different ones and exchange what comes out
+    interval: int | None = None  # micro-steps each encodes ahead, after which the encoders leave the device; null: stay
+
+    def validate(self) -> list[str]:
+        return [] if self.interval is None else list(_positive(self, "interval"))
+
+
+@dataclass
 class Recipe:
     """A whole run. ``task`` says what is trained: the "vae", or the "dit" on latents of a finished VAE.
 
@@ -142,6 +153,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     vae: Path | None = None  # folder of the VAE, or of the run that trained it; only for "dit"
     text: Text = field(default_factory=Text)
+    encoders: Encoders = field(default_factory=Encoders)  # only for "dit"
     diffusion: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)  # weights of the VAE's loss
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -159,6 +171,8 @@ class Recipe:
             missing = [name for name in NEEDED[self.system] if given[name] is None]
             names = [name if name == "vae" else f"text.{name}" for name in missing]
             problems += [f"{name}: missing; training a dit needs it" for name in names]
+        elif self.encoders != Encoders():
+            problems.append("encoders: only the training of a dit has encoders")
         if self.seed < 0:
             problems.append(f"seed: must not be negative, got {self.seed}")
         for build in (model_config, vae_loss_config, diffusion_options):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,9 +62,14 @@ class Task:
         """Batches without end, from sample number ``start`` of the run on; of every ``stride`` batches the first."""
         if self.cache is None:
             return self._decoded(start, stride)
+        return self._kept(start, stride, *self.remember())
+
+    def remember(self) -> tuple[list[int], list[Features]]:
+        """Numbers and features of all clips that are not broken, from the cache; the encoders may be gone then."""
+        assert self.cache is not None
         if self._remembered is None:
             self._remembered = self._compute_features(self.cache)
-        return self._kept(start, stride, *self._remembered)
+        return self._remembered
 
     def _order(self, length: int, start: int, stride: int) -> ShuffledSampler:
         batch = self.recipe.training.batch_size
@@ -94,20 +99,27 @@ class Task:
 
     def _compute_features(self, cache: FeatureCache) -> tuple[list[int], list[Features]]:
         """Of one fixed part of each clip; broken clips are left out. The clips' numbers and their features."""
-        dataset, numbers, entries = self.dataset, [], []
-        kind = {**self.feature_kind(), "seed": dataset.seed}
-        kind |= {name: getattr(dataset, name) for name in ("num_frames", "height", "width", "fps")}
-        for number, clip in enumerate(dataset.clips):
-            compute = functools.partial(self._features_of, number)
-            try:
-                entry = cache.get({**kind, **clip_key(clip), "number": number}, compute)
-            except (_BrokenClip, FileNotFoundError):
-                dataset[number]  # notes it, and stops the run if there are too many
-                continue
-            numbers.append(number)
-            entries.append(entry)
+        found = {number: self._entry(cache, number) for number in range(len(self.dataset.clips))}
         self.features_are_ready()
-        return numbers, entries
+        kept = {number: entry for number, entry in found.items() if entry is not None}
+        return list(kept), list(kept.values())
+
+    def _entry(self, cache: FeatureCache, number: int) -> Features | None:
+        """The features of one clip; None where it is broken."""
+        dataset = self.dataset
+        try:
+            return cache.get(
+                {**self._feature_kind, **clip_key(dataset.clips[number]), "number": number},
+                functools.partial(self._features_of, number),
+            )
+        except (_BrokenClip, FileNotFoundError):
+            dataset[number]  # notes it, and stops the run if there are too many
+            return None
+
+    @functools.cached_property
+    def _feature_kind(self) -> dict[str, Any]:
+        sizes = {name: getattr(self.dataset, name) for name in ("num_frames", "height", "width", "fps")}
+        return {**self.feature_kind(), "seed": self.dataset.seed, **sizes}
 
     def _features_of(self, number: int) -> Features:
         sample = self.dataset[number]
@@ -125,6 +137,17 @@ class Task:
 
     def features_are_ready(self) -> None:
         """Let go what was only needed to compute features."""
+
+    def fill_cache(self, rank: int, ranks: int) -> None:
+        """Compute every ``ranks``-th entry of the cache, from ``rank`` on, so that the others find it on disk."""
+        assert self.cache is not None
+        for number in range(rank, len(self.dataset.clips), ranks):
+            self._entry(self.cache, number)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether a batch passes encoders, which stand still otherwise, before the model."""
+        return False
 
     # Training
 
@@ -198,6 +221,30 @@ class VAETask(Task):
         )
 
 
+PREPARED, GENERATOR = "prepared.", "generator"  # how tensors of an encoded batch are called
+
+
+class Inputs(NamedTuple):
+    """What the encoders make of a batch: latents, embeddings of the captions, and conditions of the system."""
+
+    latents: Tensor
+    text: Features
+    given: Features
+
+    def named(self) -> Features:
+        """As one map."""
+        parts = {"text": self.text, "given": self.given}
+        return {"latents": self.latents} | {f"{p}.{name}": t for p, part in parts.items() for name, t in part.items()}
+
+    @classmethod
+    def of(cls, tensors: Features) -> Inputs:
+        """The inverse of :meth:`named`."""
+        text, given = (
+            {name.removeprefix(p): t for name, t in tensors.items() if name.startswith(p)} for p in ("text.", "given.")
+        )
+        return cls(tensors["latents"], text, given)
+
+
 class DiTTask(Task):
     """Denoise latents of clips, from their captions and whatever else the system shows its transformer.
 
@@ -250,11 +297,31 @@ class DiTTask(Task):
 
     def features_are_ready(self) -> None:
         """With latents and captions kept, the encoders are needed no longer."""
-        for caption in [*self.system.DROPPED, *(caption for clip in self.dataset.clips for caption in clip.captions)]:
+        for caption in self._captions():
             self._text(caption)
         self.encoders = None
         if not self.needs_video:
             self.vae = None
+
+    def _captions(self) -> list[str]:
+        """All that batches can have."""
+        return [*self.system.DROPPED, *(caption for clip in self.dataset.clips for caption in clip.captions)]
+
+    def fill_cache(self, rank: int, ranks: int) -> None:
+        super().fill_cache(rank, ranks)
+        for caption in sorted(set(self._captions()))[rank::ranks]:
+            self._text(caption)
+
+    @property
+    def encodes(self) -> bool:
+        return self.vae is not None or self.encoders is not None
+
+    def move_encoders(self, device: torch.device) -> None:
+        """Let the VAE and the text encoders lie on a device; what they have made stays where it is."""
+        encoders = self.encoders if isinstance(self.encoders, tuple) else (self.encoders,)
+        for part in (self.vae, *encoders):
+            if part is not None:
+                part.to(device)
 
     def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         if "mean" not in batch:
@@ -285,10 +352,27 @@ class DiTTask(Task):
 
     # Training
 
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> Inputs:
+        """All that the VAE and the text encoders are needed for, with the draws that belong to it."""
         latents = self._latents(batch, generator)
         text = self.system.draw_text(self, batch["caption"], generator)
-        return self.system.loss(self, latents, text, batch, generator), {}
+        return Inputs(latents, text, self.system.conditions(self, latents, batch, generator))
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """The batch as :meth:`loss` takes it without encoders, on the host: inputs, and the generator's state."""
+        tensors = {PREPARED + name: t.cpu() for name, t in self.prepare(batch, generator).named().items()}
+        others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+        return {**others, **tensors, GENERATOR: generator.get_state()}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if GENERATOR in batch:
+            tensors = {n.removeprefix(PREPARED): t.to(self.device) for n, t in batch.items() if n.startswith(PREPARED)}
+            inputs = Inputs.of(tensors)
+            generator.set_state(batch[GENERATOR])
+        else:
+            inputs = self.prepare(batch, generator)
+        return self.system.loss(self, *inputs, generator), {}
 
     def save_beside(self, folder: Path) -> None:
         write_parts(self.parts, folder)

@@ -29,10 +29,14 @@ def _make(members: int, parallel: tuple[tuple[str, Any], ...]) -> Layout:
     sizes, dims = section.sizes(members), mesh_dims(section.order)
     # A mesh makes its groups with all processes; here those that are none of its ranks do not take part. Then the
     # names of groups, which are counted, would differ between processes.
-    new_group, names = dist.new_group, (f"{members} {parallel} {n}" for n in count())
+    new_group, numbers = dist.new_group, count()
+
+    def name(ranks: list[int], use_hashed_name: bool) -> str:
+        return f"{members} {parallel} {ranks} {next(numbers)}"
+
     with (
         mock.patch(f"{TORCH}.device_mesh.new_group", lambda **each: new_group(**each | LOCAL)),
-        mock.patch(f"{TORCH}.distributed_c10d._process_group_name", lambda ranks, hashed=None, **_: next(names)),
+        mock.patch(f"{TORCH}.distributed_c10d._process_group_name", name),
     ):
         mesh = DeviceMesh("cpu", torch.arange(members).view([sizes[dim] for dim in dims]), mesh_dim_names=dims)
         return Layout(mesh, order=section.order, window=section.window)

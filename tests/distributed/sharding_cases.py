@@ -132,7 +132,8 @@ def compare(
     assert all(torch.equal(local(p), before[n]) for n, p in shared.items())
     whole = gather(shared, layout)
     assert bool(whole) == (layout.rank("world") == 0)
-    assert all(torch.equal(t, shared[n].full_tensor()) for n, t in whole.items())
+    wanted = {n: p.full_tensor() for n, p in shared.items()}
+    assert all(torch.equal(t, wanted[n]) for n, t in whole.items())
     bytes_of_all = sum(s[part].numel() * 4 for s in states.values() for part in ("exp_avg", "exp_avg_sq", "ema"))
     found["bytes"] = own.state_bytes() / bytes_of_all
     return found

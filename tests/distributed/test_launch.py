@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -356,4 +357,42 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, recipe: Path, unint
     done = subprocess.run(command, env=environment("kill:1:4"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr and "step_00000002" in done.stderr
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+# Scripts
+
+
+@pytest.mark.parametrize("name", ["train_one_node.sh", "train_many_nodes.sh"])
+def test_scripts_are_sound(name: str) -> None:
+    script = ROOT / "examples" / name
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
+    refused = subprocess.run([str(script)], capture_output=True, text=True)
+    assert refused.returncode == 2 and "usage: " in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_script_of_one_node(tmp_path: Path, recipe: Path, uninterrupted: Path) -> None:
+    variables = {**environment(), "NPROC": "2", "RESTARTS": "0", "PYTHON": sys.executable}
+    command = [str(ROOT / "examples" / "train_one_node.sh"), str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_script_of_many_nodes(tmp_path: Path, recipe: Path, uninterrupted: Path) -> None:
+    """Two nodes of one process each, here on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"NODES": "2", "RENDEZVOUS": f"127.0.0.1:{port}", "RUN_ID": "a", "NPROC": "1", "PYTHON": sys.executable}
+    command = [str(ROOT / "examples" / "train_many_nodes.sh"), str(recipe), "--output", str(tmp_path / "run")]
+    nodes = [
+        subprocess.Popen(command, env={**environment(), **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2)
+    ]
+    told = [node.communicate()[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
     assert_same(tmp_path / "run", uninterrupted)

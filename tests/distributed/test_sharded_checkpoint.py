@@ -3,13 +3,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from vidgen.checkpoints import distributed
+from vidgen.checkpoints.convert import convert
 from vidgen.checkpoints.hf import load_state_dict
 from vidgen.io import verify_manifest
+from vidgen.pipelines.folders import weights_folder
+from vidgen.train import sharded_checkpoint
+from vidgen.train.optimizer import EMAAdamW
 
+from . import tiny
 from .pool import Pool
 
 pytest.importorskip("safetensors")
@@ -96,3 +103,78 @@ def test_half_precision_and_back(pool: Pool, tmp_path: Path) -> None:
 def test_a_folder_that_is_not_shared(pool: Pool, tmp_path: Path) -> None:
     told = pool.run(CASES + "not_shared", 4, folder=str(tmp_path / "run"))
     assert len(set(told)) == 1 and "must be a folder that all processes share" in told[0] and "rank 3" in told[0]
+
+
+# Without processes
+
+
+def save_shards(folder: Path, model: Any, optimizer: EMAAdamW | None) -> Path:
+    """A checkpoint in the middle of a run, as many processes write it; here by one."""
+    state = {} if optimizer is None else sharded_checkpoint.state_by_name(model, optimizer)
+    saver = sharded_checkpoint.Saver(folder, keep=1, groups=None)
+    groups = [] if optimizer is None else optimizer.param_groups
+    pieces = sharded_checkpoint.snapshot(model, state)
+    saver.start(3, pieces, lambda to: sharded_checkpoint.write_small_files(to, model, groups))
+    outcome = saver.wait()
+    assert outcome is not None and outcome.path is not None, outcome
+    return outcome.path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("system", tiny.SYSTEMS)
+def test_shards_are_converted_without_processes(tmp_path: Path, system: str) -> None:
+    model = tiny.make_model(system)
+    parameters = list(model.parameters())
+    optimizer = EMAAdamW(parameters, lr=0.1, ema_decay=0.5)
+    for p in parameters[1:]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    shards = save_shards(tmp_path, model, optimizer)
+    wanted = {name: t.clone() for name, t in model.state_dict().items()}
+    with optimizer.use_ema():
+        averages = {name: t.clone() for name, t in model.state_dict().items()}
+    for ema, tensors in ((None, wanted), (False, wanted), (True, averages)):
+        report = convert(shards, tmp_path / f"hf-{ema}", to="hf", ema=ema)
+        assert report["model"] == system
+        read = type(model).from_pretrained(tmp_path / f"hf-{ema}")
+        assert read.config == model.config
+        got = read.state_dict()
+        assert got.keys() == tensors.keys()
+        assert [name for name, t in tensors.items() if not torch.equal(got[name], t)] == []
+    assert [name for name, t in wanted.items() if torch.equal(averages[name], t)] == [next(iter(wanted))]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_that_cannot_be_converted(tmp_path: Path) -> None:
+    shards = save_shards(tmp_path, tiny.make_model("cogvideox"), None)
+    for source, options, words in (
+        (shards, {"ema": True}, "keeps no running average"),
+        (shards / "distributed", {}, "name the checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(source, tmp_path / "out", to="hf", **options)
+    with pytest.raises(ValueError, match="vidgen convert .*step_00000003 FOLDER --to hf --ema"):
+        weights_folder(tmp_path)
+    (shards / "distributed" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match="__0_0.distcp: 0 bytes, the manifest says"):
+        convert(shards, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_may_name_nothing_but_its_own_classes(tmp_path: Path) -> None:
+    for content in (b"cos\nsystem\n(S'exit 9'\ntR.", b"ctorch\nload\n.", b"cbuiltins\neval\n.", b"", b"(dp0\n."):
+        (tmp_path / "index").write_bytes(content)
+        with pytest.raises(ValueError, match="not an index of torch.distributed.checkpoint"):
+            distributed.read_index(tmp_path / "index")
+
+
+def test_rows_in_another_order() -> None:
+    whole, order = torch.arange(12.0).view(6, 2), torch.tensor([0, 1, 4, 5, 2, 3])
+    pieces = distributed.pieces_of(whole, order)
+    assert [(start, len(box)) for start, box in pieces.boxes] == [((0, 0), 2), ((4, 0), 2), ((2, 0), 2)]
+    for start, box in pieces.boxes:
+        assert torch.equal(box, torch.stack([whole[(order == start[0] + i).nonzero()[0, 0]] for i in range(len(box))]))
+        assert box.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="must be a permutation"):
+        distributed.pieces_of(whole, torch.tensor([0, 1, 2, 3, 4, 4]))
+    assert distributed.pieces_of(torch.empty(0, 3)).boxes == ()

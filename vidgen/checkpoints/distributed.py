@@ -119,6 +119,13 @@ class Distributed:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry.size) for name, entry in found.items()}
         self.dtypes: dict[str, torch.dtype] = {name: entry.properties.dtype for name, entry in found.items()}
 
+    def model_config(self) -> dict[str, Any]:
+        """Class and configuration of the model. Raises ValueError."""
+        values = io.read_json(self.folder / MODEL_FILE)
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.folder / MODEL_FILE}: wanted an object, got {type(values).__name__}")
+        return values
+
     def files(self) -> set[str]:
         """The files that the index speaks of, relative to the checkpoint."""
         return {f"{FOLDER}/{entry.relative_path}" for entry in self._index.storage_data.values()}

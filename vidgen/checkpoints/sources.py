@@ -11,6 +11,7 @@ from typing import Any
 from vidgen import io
 
 from . import megatron
+from .distributed import Distributed, is_distributed
 from .hf import CONFIG, PICKLES, SHOWN, misfits
 from .lazy import State, TorchFile, is_tensor, read_safetensors
 
@@ -78,7 +79,12 @@ def open_source(path: str | Path, *, ema: bool | None = None, iteration: int | N
 
 
 def _open_folder(path: Path, ema: bool | None, iteration: int | None) -> Source:
+    if is_distributed(path):
+        opened = Distributed(path)
+        return Source(path, "distributed", state=opened.weights(ema=bool(ema)), config=opened.model_config())
     if (path / ".metadata").is_file():
+        if is_distributed(path.parent):
+            raise ValueError(f"{path} is a part of a checkpoint: name the checkpoint, {path.parent}")
         raise ValueError(
             f"{path} is a folder of torch.distributed.checkpoint, whose index is a pickle that only its own program "
             "should read; save it as safetensors there"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vidgen import config
+from vidgen.checkpoints.distributed import is_distributed
 from vidgen.io import newest_valid, read_json, write_json
 
 T = TypeVar("T")
@@ -80,6 +81,8 @@ def find_parts(model: str | Path, **given: Path | None) -> Parts:
     checkpoint = model if (model / PIPELINE).is_file() else newest_valid(model)
     if checkpoint is not None and (checkpoint / PIPELINE).is_file():
         parts = _read(checkpoint)
+        if not parts.transformer.is_dir() and is_distributed(checkpoint):
+            raise ValueError(f"model: {_only_shards(checkpoint)}")
     elif (model / LAYOUT["transformer"] / "config.json").is_file():
         found = {name: model / folder for name, folder in LAYOUT.items() if (model / folder).is_dir()}
         parts = _with_folders(released(model / LAYOUT["transformer"]), found)
@@ -153,11 +156,22 @@ def weights_folder(path: str | Path, part: str = "ema") -> Path:
         ValueError: there is no model.
     """
     path = Path(path)
-    for folder in (path, newest_valid(path)):
+    newest = newest_valid(path)
+    for folder in (path, newest):
         for candidate in (folder, folder / part, folder / "model") if folder is not None else ():
             if (candidate / "config.json").is_file():
                 return candidate
+    for folder in (path, newest):
+        if folder is not None and is_distributed(folder):
+            raise ValueError(_only_shards(folder))
     raise ValueError(f"{path}: no model there, and no run with a checkpoint")
+
+
+def _only_shards(checkpoint: Path) -> str:
+    return (
+        f"{checkpoint} is a checkpoint in the middle of a run of many processes, which holds shards and no model "
+        f"folder: write one with vidgen convert {checkpoint} FOLDER --to hf --ema"
+    )
 
 
 def needed(value: T | None) -> T:

@@ -275,7 +275,7 @@ def export(source: Distributed, folder: Path, *, ema: bool, dtype: torch.dtype |
 
     Both are written tensor by tensor, so that memory holds one tensor at a time. ``dtype``: of floating-point tensors.
     """
-    config = io.read_json(source.folder / MODEL_FILE)
+    config = source.model_config()
     write_model_folder(folder / "model", source.weights(), config, dtype=dtype)
     if ema:
         write_model_folder(folder / "ema", source.weights(ema=True), config, dtype=dtype)

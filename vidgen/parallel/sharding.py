@@ -63,6 +63,8 @@ def shard_model(
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # other reductions exist only where nccl is
+        kind = type(module)  # one that FSDP2 has made; configurations and messages name the model's own
+        kind.__name__ = kind.__name__.removeprefix("FSDP")
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
     for buffer in model.buffers():
@@ -74,11 +76,11 @@ def shard_model(
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """What is sharded by itself: ``model.blocks``, or the entries of the outermost lists of modules.
 
-    A model with neither is sharded as a whole.
+    A model with neither is sharded as a whole. Blocks of other stages of a pipeline have no parameters.
     """
     blocks: Any = getattr(model, "blocks", None)
     if blocks is not None:
-        return list(blocks)
+        return [block for block in blocks if any(True for _ in block.parameters())]
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines on processes of the pool, each compared with the whole model in one process."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import difference
+from layouts import make_layout
+from tiny import make_inputs, make_model
+from torch import Tensor
+
+from vidgen.parallel import Layout, Parallel
+from vidgen.parallel.context import spread
+from vidgen.parallel.pipeline import Call, Pipeline
+from vidgen.parallel.pipeline_stages import all_chunks, keep_steps
+from vidgen.parallel.sharding import fsdp_modules, local, shard_model
+
+Group = dist.ProcessGroup
+# Blocks are 4 in all but Open-Sora Plan 1.5, where three stages have two each and skips join the outer ones.
+CHANGES: dict[str, dict[str, Any]] = {"cogvideox": {"num_layers": 4}, "opensora_plan_v1_3": {"num_layers": 4}}
+
+
+def own_part(whole: Any, layout: Layout, parallel: Parallel) -> Any:
+    """A copy of the model with the steps of this rank alone."""
+    stage = layout.rank("pipeline")
+    part = copy.deepcopy(whole)
+    keep_steps(part, [c for c in all_chunks(len(whole.blocks), parallel) if c.number % parallel.pipeline == stage])
+    return part
+
+
+def loss_of(output: Tensor, number: int) -> Tensor:
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(number))
+    return (output - target).square().mean()
+
+
+def steps(
+    group: Group,
+    system: str,
+    members: int,
+    parallel: dict[str, Any],
+    *,
+    micro_batches: int = 3,
+    frames: tuple[int, ...] = (2,),
+    recompute: bool = False,
+    fsdp: bool = False,
+    preset: str | None = None,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Largest differences of losses, outputs and gradients, over steps of so many latent frames each; and the share of
+    the model's parameters that this rank holds."""
+    # One gloo group serves all lists of stages and schedules of the same sizes.
+    sizes = {name: size for name, size in parallel.items() if name not in ("stages", "schedule")}
+    layout, section = make_layout(members, **sizes), Parallel(**parallel)
+    if layout is None:
+        return None
+    whole = make_model(system, preset, **(CHANGES.get(system, {}) if changes is None else changes))
+    own = own_part(whole, layout, section)
+    spread(own, layout)
+    if fsdp:
+        shard_model(own, layout, reshard_after_forward=False)
+    whole.gradient_checkpointing = own.gradient_checkpointing = recompute
+    pipeline = Pipeline(own, layout, section)
+    found: dict[str, Any] = {"loss": 0.0, "output": 0.0}
+    data, replica = layout.size("data"), layout.rank("data")
+    for step, length in enumerate(frames):
+        seeds = [100 * step + m for m in range(micro_batches * data)]
+        inputs = [make_inputs(whole, (length, 4, 6), batch=2, text=5, seed=seed) for seed in seeds]
+        wanted = [whole(**arguments) for arguments in inputs]
+        losses = [loss_of(output, seed) for output, seed in zip(wanted, seeds, strict=True)]
+        (torch.stack(losses).sum() / len(seeds)).backward()
+
+        mine = [m * data + replica for m in range(micro_batches)]
+        seen: dict[int, float] = {}
+
+        def loss(number: int, output: Tensor) -> Tensor:
+            m = mine[number]  # noqa: B023
+            value = loss_of(output, seeds[m])  # noqa: B023
+            seen[m] = abs(float((value - losses[m]).detach()))  # noqa: B023
+            found["output"] = max(found["output"], difference(output.detach(), wanted[m].detach()))  # noqa: B023
+            return value / len(seeds) / layout.size("sequence")  # noqa: B023
+
+        pipeline.step([Call((), inputs[m]) for m in mine], loss)
+        last = layout.rank("pipeline") == layout.size("pipeline") - 1
+        assert sorted(seen) == (sorted(mine) if last else []), seen
+        found["loss"] = max(found["loss"], *seen.values(), 0.0)
+        for name, error in gradient_errors(whole, own, layout).items():
+            found[name] = max(found.get(name, 0.0), error)
+        for p in (*whole.parameters(), *own.parameters()):
+            p.grad = None
+    found["bytes"] = sum(local(p).nbytes for p in own.parameters()) / sum(p.nbytes for p in whole.parameters())
+    found["names"] = [name for name, _ in own.named_parameters()]
+    found["wrapped"] = sum(1 for _ in fsdp_modules(own))
+    return found
+
+
+def gradient_errors(whole: Any, own: Any, layout: Layout) -> dict[str, float]:
+    """Of the parameters that this rank holds, relative to the largest of each, or to that of all."""
+    names = dict(whole.named_parameters())
+    largest = max(p.grad.abs().max().item() for p in names.values() if p.grad is not None)
+    errors = {}
+    for name, p in own.named_parameters():
+        wanted, got = names[name].grad, p.grad
+        assert (wanted is None) == (got is None), name
+        if wanted is not None:
+            if hasattr(got, "full_tensor"):
+                got = got.full_tensor()
+            elif layout.size("sequence") > 1:
+                dist.all_reduce(got, group=layout.group("sequence"))
+            errors[name] = difference(got, wanted) / max(wanted.abs().max().item(), 0.01 * largest)
+    return errors

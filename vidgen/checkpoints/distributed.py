@@ -3,9 +3,11 @@
 
 The files in the folder ``distributed`` are those of torch.distributed.checkpoint: each process writes the boxes of the
 tensors that it holds, and an index says which box of which tensor lies where. Names are ``model/NAME`` and
-``optimizer/NAME/PART``, with the names of the whole model on one process and rows in their usual order, however they
-were cut and permuted in memory. The index is a pickle. It is opened after the manifest of the checkpoint has been
-verified, and by an unpickler that knows nothing but the classes of such an index.
+``optimizer/NAME/PART``, with the names of the whole model on one process, and rows and columns in their usual order,
+however they were cut and permuted in memory.
+
+The index is a pickle. It is opened after the manifest of the checkpoint has been verified, and by an unpickler that
+knows nothing but the classes of such an index.
 """
 
 from __future__ import annotations
@@ -43,22 +45,29 @@ class Pieces:
     boxes: tuple[tuple[tuple[int, ...], Tensor], ...]
 
 
-def pieces_of(tensor: Tensor, rows: Tensor | None = None) -> Pieces:
+Order = tuple[int, Tensor]  # an axis, and a permutation: index i in memory is index permutation[i] of the whole
+
+
+def pieces_of(tensor: Tensor, order: Order | None = None) -> Pieces:
     """The pieces of a tensor that is here as a whole, or of the shard of a DTensor that is here.
 
     Args:
         tensor: of any shape.
-        rows: (rows of the whole tensor,) int64, where they do not lie in their order: row i in memory is row
-            ``rows[i]`` of what is written.
+        order: where an axis does not lie in its order in memory, see ``Order``; the permutation is int64 and as long as
+            the axis of the whole tensor.
 
     Raises:
-        ValueError: ``rows`` is no permutation of the rows.
+        ValueError: ``order`` is no axis of the tensor and a permutation of it.
     """
     from torch.distributed.tensor import DTensor
 
     shape = tuple(tensor.shape)
-    if rows is not None and sorted(rows.tolist()) != list(range(shape[0] if shape else -1)):
-        raise ValueError(f"pieces_of: rows must be a permutation of {shape[:1]} rows, got {len(rows)} numbers")
+    if order is not None:
+        axis, permutation = order
+        if sorted(permutation.tolist()) != list(range(shape[axis] if axis < len(shape) else -1)):
+            raise ValueError(
+                f"pieces_of: order must be a permutation of axis {axis} of {shape}, got {len(permutation)}"
+            )
     start, local = (0,) * len(shape), tensor.detach()
     if isinstance(local, DTensor):
         if not (chunks := local.__create_chunk_list__()) or not chunks[0].offsets:  # not a process of its mesh
@@ -67,13 +76,16 @@ def pieces_of(tensor: Tensor, rows: Tensor | None = None) -> Pieces:
         assert tuple(local.shape) == size, f"a shard of {tuple(local.shape)} where {size} belongs"
     if local.numel() == 0:
         return Pieces(shape, tensor.dtype, ())
-    if rows is None:
+    if order is None:
         return Pieces(shape, tensor.dtype, ((start, local),))
-    own = rows[start[0] : start[0] + len(local)].tolist()
-    ends = [i + 1 for i in range(len(own)) if i + 1 == len(own) or own[i + 1] != own[i] + 1]
-    begins = [0, *ends[:-1]]
-    runs = zip(begins, ends, strict=True)
-    return Pieces(shape, tensor.dtype, tuple(((own[a], *start[1:]), local[a:b]) for a, b in runs))
+    axis, length = order[0], local.shape[order[0]]
+    own = order[1][start[axis] : start[axis] + length].tolist()
+    ends = [i + 1 for i in range(length) if i + 1 == length or own[i + 1] != own[i] + 1]  # of runs that lie together
+    boxes = [
+        ((*start[:axis], own[begin], *start[axis + 1 :]), local.narrow(axis, begin, end - begin))
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    return Pieces(shape, tensor.dtype, tuple(boxes))
 
 
 def is_distributed(folder: str | Path) -> bool:

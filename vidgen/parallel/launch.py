@@ -131,7 +131,7 @@ def launch(command: Sequence[str], processes: int, *, max_restarts: int = 0, gra
                 return 130
             if code == 0 or code in FINAL or caught or attempt == max_restarts:
                 return code
-            left = max_restarts - attempt
+            left = max_restarts - attempt - 1
             print(f"vidgen: a process ended with code {code}; starting all again ({left} left)", file=sys.stderr)
     raise AssertionError("not reached")
 

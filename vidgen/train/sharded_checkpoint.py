@@ -35,6 +35,7 @@ from vidgen.checkpoints.distributed import (
     MODEL_FILE,
     OPTIMIZER,
     Distributed,
+    Order,
     Pieces,
     describe_model,
     is_distributed,
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 GROUPS_FILE = "optimizer.json"
 MIN_TIMEOUT_S = 7200.0  # how long processes wait for the slowest disk among them
 Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]  # for the background, for the processes themselves
-Rows = Mapping[str, Tensor]  # see pieces_of
+Orders = Mapping[str, Order]  # by name of the parameter, see pieces_of and vidgen.parallel.tensor.row_order
 OptimizerState = Mapping[str, Mapping[str, Tensor]]  # parts of the state by name of the parameter
 
 
@@ -63,26 +64,26 @@ class SaveFailed(OSError):
 # What is written
 
 
-def snapshot(model: nn.Module, optimizer: OptimizerState, rows: Rows | None = None) -> dict[str, Pieces]:
+def snapshot(model: nn.Module, optimizer: OptimizerState, orders: Orders | None = None) -> dict[str, Pieces]:
     """What this process writes, on the host; training may go on with the model.
 
     Args:
         model: its parameters and buffers are copied; DTensors, or tensors that every process has.
         optimizer: the state of its parameters, DTensors in the same places, copies that nobody changes.
-        rows: of parameters whose rows lie in another order in memory, see :func:`pieces_of`.
+        orders: of parameters that do not lie in their usual order in memory, see :func:`pieces_of`.
     """
-    pieces = {name: _on_host(piece) for name, piece in _pieces(model, {}, rows).items()}
-    return pieces | {name: p for name, p in _pieces(model, optimizer, rows).items() if name.startswith(OPTIMIZER)}
+    pieces = {name: _on_host(piece) for name, piece in _pieces(model, {}, orders).items()}
+    return pieces | {name: p for name, p in _pieces(model, optimizer, orders).items() if name.startswith(OPTIMIZER)}
 
 
-def _pieces(model: nn.Module, optimizer: OptimizerState, rows: Rows | None) -> dict[str, Pieces]:
+def _pieces(model: nn.Module, optimizer: OptimizerState, orders: Orders | None) -> dict[str, Pieces]:
     """The tensors of a run under the names that they have in a checkpoint, sharing their memory."""
-    rows = rows or {}
+    orders = orders or {}
     own = model.state_dict()
-    pieces = {MODEL + name: pieces_of(t, rows.get(name)) for name, t in own.items()}
+    pieces = {MODEL + name: pieces_of(t, orders.get(name)) for name, t in own.items()}
     for name, parts in optimizer.items():
         for part, t in parts.items():
-            order = rows.get(name) if t.shape == own[name].shape else None  # a count of steps has no rows
+            order = orders.get(name) if t.shape == own[name].shape else None  # a count of steps has no axes
             pieces[f"{OPTIMIZER}{name}/{part}"] = pieces_of(t, order)
     return pieces
 
@@ -306,7 +307,7 @@ def load(
     model: nn.Module,
     optimizer: OptimizerState,
     *,
-    rows: Rows | None = None,
+    orders: Orders | None = None,
     names: Sequence[str] | None = None,
     group: dist.ProcessGroup | None = None,
     verified: bool = False,
@@ -320,7 +321,7 @@ def load(
         folder: the checkpoint.
         model: its tensors are filled in place; DTensors or whole ones.
         optimizer: tensors of the same places, by name of the parameter, filled in place.
-        rows: as in :func:`snapshot`.
+        orders: as in :func:`snapshot`.
         names: of the parameters of the whole model that are trained, in the order of the optimizer that one process
             would have; default: those of ``model``. Where ``model`` is a stage of a pipeline they must be given.
         group: of the processes that load together (CPU tensors), None: this one alone.
@@ -331,7 +332,7 @@ def load(
     """
     trained = names or [name for name, p in model.named_parameters() if p.requires_grad]
     source = open_any(Path(folder), trained, group, verified)
-    return _load(source, model, optimizer, rows, group)
+    return _load(source, model, optimizer, orders, group)
 
 
 def load_one_process(folder: str | Path, model: nn.Module, optimizer: EMAAdamW, *, verified: bool = False) -> None:
@@ -352,10 +353,10 @@ def _load(
     source: Distributed | OneProcess,
     model: nn.Module,
     optimizer: OptimizerState,
-    rows: Rows | None,
+    orders: Orders | None,
     group: dist.ProcessGroup | None,
 ) -> list[dict[str, Any]]:
-    pieces = _pieces(model, optimizer, rows)
+    pieces = _pieces(model, optimizer, orders)
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     everywhere = {name: shape for part in together(lambda: own, group) for name, shape in part.items()}
     stored = {name.removeprefix(MODEL): shape for name, shape in source.shapes.items() if name.startswith(MODEL)}

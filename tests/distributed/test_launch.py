@@ -338,6 +338,22 @@ def test_sigterm_saves_on_all_ranks(
 
 
 @pytest.mark.slow
+def test_a_rank_killed_while_it_saves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    recipe: Path,
+    uninterrupted: Path,
+) -> None:
+    """The unfinished checkpoint of step 4, which is the last, is no checkpoint: the run goes on from step 2."""
+    assert train(monkeypatch, recipe, tmp_path / "run", "saving:1:4", restarts=1) == 0
+    error = capfd.readouterr().err
+    assert re.search("going on from .*step_00000002", error) and "damaged" not in error
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], recipe: Path
 ) -> None:

@@ -57,7 +57,8 @@ def pieces_of(tensor: Tensor, order: Order | None = None) -> Pieces:
             the axis of the whole tensor.
 
     Raises:
-        ValueError: ``order`` is no axis of the tensor and a permutation of it.
+        ValueError: ``order`` is no axis of the tensor and a permutation of it; a shard of a size that PyTorch does not
+            expect there.
     """
     from torch.distributed.tensor import DTensor
 
@@ -73,7 +74,8 @@ def pieces_of(tensor: Tensor, order: Order | None = None) -> Pieces:
         if not (chunks := local.__create_chunk_list__()) or not chunks[0].offsets:  # not a process of its mesh
             return Pieces(shape, tensor.dtype, ())
         start, size, local = tuple(chunks[0].offsets), tuple(chunks[0].sizes), local.to_local()
-        assert tuple(local.shape) == size, f"a shard of {tuple(local.shape)} where {size} belongs"
+        if tuple(local.shape) != size:
+            raise ValueError(f"pieces_of: the shard must be {size} of {shape}, got {tuple(local.shape)}")
     if local.numel() == 0:
         return Pieces(shape, tensor.dtype, ())
     if order is None:

@@ -5,19 +5,25 @@ from .embeddings import EmbeddingMLP, FramePatchEmbed, TimestepTextEmbedding, si
 from .feed_forward import FeedForward
 from .init import init_default, init_normal
 from .inputs import drop_axis_1, patch_mask
-from .norms import AdaNorm, Norm, WideLinear, make_norm, modulate, residual_modulate
+from .norms import AdaNorm, Norm, WideLinear, make_norm, modulate, residual_modulate, wide_linear
 from .packing import pack_patches, patch_positions, unpack_patches
 from .sequence import ALONE, DENSE, Place, Tokens, alone
+from .tensor_plan import COLUMN, GATHERED, ROW, Cut, TensorPlan
 
 __all__ = [
     "ALONE",
     "AdaNorm",
+    "COLUMN",
+    "Cut",
     "DENSE",
     "EmbeddingMLP",
     "FeedForward",
     "FramePatchEmbed",
+    "GATHERED",
     "Norm",
     "Place",
+    "ROW",
+    "TensorPlan",
     "TimestepTextEmbedding",
     "Tokens",
     "WideLinear",
@@ -34,4 +40,5 @@ __all__ = [
     "sinusoidal_embedding",
     "unpack_patches",
     "unpatchify",
+    "wide_linear",
 ]

@@ -28,9 +28,12 @@ class WideLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        return F.linear(x.to(wide), self.weight.to(wide), bias)
+        return wide_linear(x, self.weight, self.bias)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 class AdaNorm(nn.Module):

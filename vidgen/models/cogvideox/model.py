@@ -23,6 +23,7 @@ from vidgen.nn import (
     AdaNorm,
     EmbeddingMLP,
     FeedForward,
+    TensorPlan,
     Tokens,
     alone,
     init_default,
@@ -36,6 +37,7 @@ from . import checkpoint as keys
 from .config import CogVideoXConfig
 from .patches import Grid, cut_patches, join_patches, patch_grid
 from .positions import rotary_table, sincos_table
+from .tensor_parallel import tensor_plan
 
 QK_EPS = 1e-6
 RELEASED_OFS = 2.0
@@ -268,6 +270,10 @@ class CogVideoXTransformer3DModel(PretrainedModel):
         x = modulate(self.norm_out.norm, self.norm_final(x), shift, scale)
         return join_patches(inputs.tokens.join(self.proj_out(x)), inputs.grid, self.config.patch)
 
+    def tensor_plan(self) -> TensorPlan:
+        """How its layers may be shared by ranks."""
+        return tensor_plan(self.config)
+
     @property
     def blocks(self) -> list[Any]:
         """All blocks in the order of computation."""
@@ -283,7 +289,7 @@ class CogVideoXTransformer3DModel(PretrainedModel):
     def condition(self, timestep: Tensor, ofs: Tensor | float = RELEASED_OFS) -> Tensor:
         """The conditioning vector ``(B, E)``."""
         sinusoid = sinusoidal_embedding(timestep, self.config.hidden_size)
-        c = self.time_embedding(sinusoid.to(self.proj_out.weight.dtype))
+        c = self.time_embedding(sinusoid.to(self.time_embedding.linear_1.weight.dtype))
         if self.ofs_embedding is None or self.config.ofs_embed_dim is None:
             return c
         values = torch.as_tensor(ofs, dtype=torch.float32, device=timestep.device).reshape(-1)

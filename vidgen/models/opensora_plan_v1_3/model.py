@@ -24,6 +24,7 @@ from vidgen.nn import (
     FeedForward,
     FramePatchEmbed,
     Place,
+    TensorPlan,
     Tokens,
     WideLinear,
     alone,
@@ -36,6 +37,7 @@ from vidgen.nn import (
 
 from . import checkpoint as keys
 from .config import OpenSoraConfig, OpenSoraInpaintConfig
+from .tensor_parallel import tensor_plan
 
 TIMESTEP_FEATURES = 256
 HEAD_NORM_EPS = 1e-6
@@ -272,6 +274,10 @@ class OpenSoraT2V_v1_3(PretrainedModel):
     @property
     def patch(self) -> tuple[int, int, int]:
         return 1, self.config.patch_size, self.config.patch_size
+
+    def tensor_plan(self) -> TensorPlan:
+        """How its layers may be shared by ranks."""
+        return tensor_plan(self.config)
 
     @property
     def blocks(self) -> list[Any]:

@@ -25,6 +25,7 @@ from vidgen.nn import (
     FramePatchEmbed,
     Norm,
     Place,
+    TensorPlan,
     TimestepTextEmbedding,
     Tokens,
     alone,
@@ -40,6 +41,7 @@ from vidgen.nn import (
 
 from . import checkpoint as keys
 from .config import SparseUMMDiTConfig
+from .tensor_parallel import tensor_plan
 
 
 class JointAttention(nn.Module):
@@ -325,6 +327,10 @@ class SparseUMMDiT(PretrainedModel):
     @property
     def patch(self) -> tuple[int, int, int]:
         return self.config.patch_size_t, self.config.patch_size, self.config.patch_size
+
+    def tensor_plan(self) -> TensorPlan:
+        """How its layers may be shared by ranks."""
+        return tensor_plan(self.config)
 
     @property
     def blocks(self) -> list[Any]:

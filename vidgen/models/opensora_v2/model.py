@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vidgen import ops
 from vidgen.checkpoints.hf import PretrainedModel
-from vidgen.nn import ALONE, Tokens, alone, init_default
+from vidgen.nn import ALONE, TensorPlan, Tokens, alone, init_default
 from vidgen.nn.sequence import Kind
 
 from . import checkpoint as keys
 from .config import MMDiTConfig
 from .embeddings import MLPEmbedder, Rope, rope_table, timestep_embedding
+from .tensor_parallel import tensor_plan
 
 TIMESTEP_CHANNELS = 256
 NORM_EPS = 1e-6
@@ -307,6 +308,10 @@ class MMDiT(PretrainedModel):
         x, *y, vec, _ = stream
         num_text = 0 if y else inputs.tokens.split_text(inputs.txt).shape[1]
         return inputs.tokens.join(self.final_layer(x[:, num_text:], vec))
+
+    def tensor_plan(self) -> TensorPlan:
+        """How its layers may be shared by ranks."""
+        return tensor_plan(self.config)
 
     @property
     def blocks(self) -> list[Any]:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole transformers whose weights are cut over processes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import difference
+from layouts import make_layout
+from tiny import make_inputs, make_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vidgen.parallel import Layout
+from vidgen.parallel.context import spread
+from vidgen.parallel.sharding import shard_model, sum_over_tensor
+from vidgen.parallel.tensor import row_order, tensor_parallel, usual_order
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def model(
+    group: dist.ProcessGroup,
+    system: str,
+    members: int,
+    parallel: dict[str, Any],
+    *,
+    preset: str | None = None,
+    latent: tuple[int, int, int] = (3, 6, 10),
+    checkpointing: bool = False,
+    changes: dict[str, Any] | None = None,
+    fsdp: bool = False,
+    **inputs: Any,
+) -> dict[str, float]:
+    """Largest differences of the output and of every parameter's gradient from one process, and the share of the
+    blocks' values that a rank holds."""
+    layout = make_layout(members, **parallel)
+    if layout is None:
+        return {}
+    alone = make_model(system, preset, **changes or {})
+    own = copy.deepcopy(alone)
+    own.gradient_checkpointing = checkpointing
+    spread(own, layout)
+    tensor_parallel(own, layout)
+    errors = {"share": share(own, alone)}
+    if fsdp:
+        shard_model(own, layout)
+    replicas = layout.size("data")
+    for number in range(replicas):  # each replica has a sample of its own
+        arguments = make_inputs(alone, latent, seed=number, **inputs)
+        expected = alone(**arguments)
+        upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3 + number))
+        (expected * upstream).sum().backward()
+        if number != layout.rank("data"):
+            continue
+        got = own(**arguments)
+        errors["output"] = difference(got.detach(), expected.detach()) / expected.abs().max().item()
+        ((got * upstream).sum() / layout.size("sequence")).backward()
+    return errors | gradient_errors(alone, own, layout, fsdp)
+
+
+def gradient_errors(alone: nn.Module, own: nn.Module, layout: Layout, fsdp: bool) -> dict[str, float]:
+    errors, order = {}, row_order(own)
+    gradients = [p.grad for p in alone.parameters() if p.grad is not None]
+    largest = max(g.abs().max().item() for g in gradients)
+    sum_over_tensor(own.parameters(), layout)
+    for (name, p), q in zip(alone.named_parameters(), own.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is None or q.grad is None:
+            continue
+        if not fsdp:  # which sums over these ranks by itself
+            local = q.grad.to_local() if isinstance(q.grad, DTensor) else q.grad
+            dist.all_reduce(local, group=layout.group("context"))
+        assert torch.equal(usual_order(whole(q.detach()), order.get(name)), p), name
+        gradient = usual_order(whole(q.grad), order.get(name))
+        errors[name] = difference(gradient, p.grad) / max(p.grad.abs().max().item(), 0.01 * largest)
+    return errors
+
+
+def share(own: Any, alone: Any) -> float:
+    """The part of the blocks' weights (vectors aside) that this rank holds."""
+
+    def count(m: Any) -> int:
+        parameters = [p for block in m.blocks for n, p in block.named_parameters() if p.dim() > 1 and "table" not in n]
+        return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+
+    return count(own) / count(alone)

@@ -94,9 +94,15 @@ def composite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def aligned(t: Tensor) -> Tensor:
-    """``t`` or a copy that begins on 16 bytes: PyTorch's memory-efficient kernels read so many at once on accelerators,
-    wherever a view begins (its strides alone are looked at), and end the process on an address in between."""
-    if t.device.type == "cpu" or t.storage_offset() * t.element_size() % 16 == 0:
+    """``t``, or on accelerators a copy if a head does not lie in one run that begins on 16 bytes.
+
+    PyTorch's memory-efficient kernels read so many at once there. They look at some of the strides alone: other views
+    end the process on a misaligned address, or find no kernel.
+    """
+    if t.device.type == "cpu":
+        return t
+    places = (t.storage_offset(), *t.stride()[:-1])
+    if t.stride(-1) == 1 and all(place * t.element_size() % 16 == 0 for place in places):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.checkpoints.hf import read_config
@@ -27,6 +28,7 @@ from vidgen.models.cogvideox import CogVideoXConfig, CogVideoXTransformer3DModel
 from vidgen.models.text import T5TextEncoder
 
 from .folders import Parts, needed
+from .parallel import decode_stream
 from .references import is_image, read_reference
 from .settings import Job, Request, size_problems
 
@@ -119,6 +121,10 @@ def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> Autoenco
     return AutoencoderKLCogVideoX.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
 
 
+def transformer_class(parts: Parts) -> type[CogVideoXTransformer3DModel]:
+    return CogVideoXTransformer3DModel
+
+
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
@@ -139,6 +145,11 @@ def conditions(vae: AutoencoderKLCogVideoX, job: Job, request: Request, seed: in
     latent = vae.normalize_image(sample_latent(mean, logvar, None, generator))
     patch = model_config(job.parts).patch_size_t
     return {"image": image_latents(latent, _latent_frames(job)[0], patch_size_t=patch)}
+
+
+def predictions(job: Job, kind: str) -> int:
+    """How many predictions of the transformer a step of one video needs at once."""
+    return 2 if needed(job.settings.guidance) > 1 else 1
 
 
 def sample_latents(
@@ -187,9 +198,14 @@ def sample_latents(
     return latents[:, :, _latent_frames(job)[1] :].to(job.dtype)
 
 
-def decode(vae: AutoencoderKLCogVideoX, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``."""
-    return vae.decode_stream(latent, tile_size=job.settings.tile_size)
+def decode(
+    vae: AutoencoderKLCogVideoX, job: Job, latent: Tensor, group: dist.ProcessGroup | None = None
+) -> Iterator[Tensor]:
+    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``.
+
+    With a group its ranks decode together, and the video is on the first of them.
+    """
+    return decode_stream(vae, latent, group, tile_size=job.settings.tile_size)
 
 
 def snr_shift(parts: Parts, config: CogVideoXConfig) -> float:

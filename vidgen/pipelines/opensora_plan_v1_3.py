@@ -48,19 +48,19 @@ DEFAULTS: dict[str, Any] = {
 GIVEN_WHOLE = ("continuation", "random_temporal", "clear")  # conditions that take a video
 
 
-def model_class(parts: Parts) -> type[OpenSoraT2V_v1_3]:
+def transformer_class(parts: Parts) -> type[OpenSoraT2V_v1_3]:
     """The class that the transformer's configuration names."""
     name = read_json(parts.transformer / "config.json").get("_class_name")
     return OpenSoraInpaint_v1_3 if name == OpenSoraInpaint_v1_3.__name__ else OpenSoraT2V_v1_3
 
 
 def model_config(parts: Parts) -> OpenSoraConfig:
-    return read_config(model_class(parts), parts.transformer)
+    return read_config(transformer_class(parts), parts.transformer)
 
 
 def kind(job: Job, request: Request) -> str:
     """Which frames the references of a request give, one of `MASK_TYPES`; "t2v" for a text-to-video model."""
-    if model_class(job.parts) is OpenSoraT2V_v1_3:
+    if transformer_class(job.parts) is OpenSoraT2V_v1_3:
         return "t2v"
     if job.settings.condition is not None:
         return job.settings.condition
@@ -119,7 +119,7 @@ def texts(job: Job, request: Request) -> tuple[str, str]:
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> OpenSoraT2V_v1_3:
-    return model_class(parts).from_pretrained(parts.transformer, dtype=dtype, device=device)
+    return transformer_class(parts).from_pretrained(parts.transformer, dtype=dtype, device=device)
 
 
 def conditioned(job: Job, request: Request) -> bool:
@@ -172,6 +172,11 @@ def given_video(job: Job, request: Request, generator: torch.Generator) -> tuple
         video, mask = read[0][:, : job.frames], frame_mask(type_, job.frames, generator=generator)
         video = hide_generated(video, mask.view(1, -1, 1, 1))
     return video[None], mask.view(1, 1, -1, 1, 1)
+
+
+def predictions(job: Job, kind: str) -> int:
+    """How many predictions of the transformer a step of one video needs at once."""
+    return 2 if needed(job.settings.guidance) > 1 else 1
 
 
 def sample_latents(

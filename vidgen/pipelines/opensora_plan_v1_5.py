@@ -63,6 +63,10 @@ def texts(job: Job, request: Request) -> tuple[str, str]:
     return job.parts.prompt_prefix + request.prompt, job.negative(request)
 
 
+def transformer_class(parts: Parts) -> type[SparseUMMDiT]:
+    return SparseUMMDiT
+
+
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> SparseUMMDiT:
     return SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
@@ -70,6 +74,11 @@ def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> 
 def conditioned(job: Job, request: Request) -> bool:
     """Whether the request has conditions that the VAE must encode."""
     return False
+
+
+def predictions(job: Job, kind: str) -> int:
+    """How many predictions of the transformer a step of one video needs at once."""
+    return 2 if needed(job.settings.guidance) > 1 else 1
 
 
 def sample_latents(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.checkpoints.hf import read_config
@@ -27,6 +28,7 @@ from vidgen.models.opensora_v2 import MMDiT, MMDiTConfig
 from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, opensora_v2_prompt
 
 from .folders import Parts, needed
+from .parallel import decode_stream
 from .references import is_image, read_reference
 from .settings import Job, Request, size_problems
 
@@ -43,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "image_model": None,  # makes the first frame from the prompt
     "tile_frames": 64,
 }
+
+SHARED_ARGUMENTS = ("img_ids", "txt_ids")  # of the transformer: without a batch axis
 
 Encoders = tuple[T5TextEncoder, CLIPTextEncoder]
 
@@ -156,6 +160,10 @@ def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> HunyuanV
     return HunyuanVAE.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
 
 
+def transformer_class(parts: Parts) -> type[MMDiT]:
+    return MMDiT
+
+
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> MMDiT:
     return MMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
 
@@ -184,6 +192,13 @@ def conditions(vae: HunyuanVAE, job: Job, request: Request, seed: int) -> dict[s
 
 def _read(path: Path, job: Job, kind: str) -> Tensor:
     return read_reference(path, job.height, job.width, fps=None if kind.startswith("i2v") else job.fps)
+
+
+def predictions(job: Job, kind: str) -> int:
+    """How many predictions of the transformer a step of one video needs at once."""
+    if model_config(job.parts).guidance_embed:
+        return 1
+    return 2 if kind == "t2v" else 3
 
 
 def sample_latents(
@@ -229,10 +244,13 @@ def sample_latents(
     return restore_references(latents, given["mask"], given["masked_latent"], kind) if given else latents
 
 
-def decode(vae: HunyuanVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``: tiles of time."""
+def decode(vae: HunyuanVAE, job: Job, latent: Tensor, group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
+    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``: tiles of time.
+
+    With a group its ranks decode together, and the video is on the first of them.
+    """
     vae.config = decoding_config(job, vae.config)
-    return vae.decode_stream(latent)
+    return decode_stream(vae, latent, group)
 
 
 def decoding_config(job: Job, config: HunyuanVAEConfig) -> HunyuanVAEConfig:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vidgen import __version__
@@ -34,10 +35,11 @@ from vidgen.models.text import PromptRefiner
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
 from .folders import find_parts, needed
+from .parallel import Crew, Spread, crew_of, guidance_problems, in_lockstep, load_transformer
 from .prompts import read_prompts
 from .settings import COMMON, Job, Request, SampleSettings, fill_in, plain
 
-__all__ = ["SYSTEMS", "Request", "SampleSettings", "describe_sample", "read_prompts", "sample_videos"]
+__all__ = ["SYSTEMS", "Request", "SampleSettings", "Spread", "describe_sample", "read_prompts", "sample_videos"]
 
 SYSTEMS: dict[str, Any] = {
     "opensora_plan_v1_3": opensora_plan_v1_3,
@@ -67,13 +69,19 @@ def describe_sample(
 
 
 def sample_videos(
-    model: str | Path, prompts: Sequence[str | Request], output: str | Path, settings: SampleSettings | None = None
+    model: str | Path,
+    prompts: Sequence[str | Request],
+    output: str | Path,
+    settings: SampleSettings | None = None,
+    spread: Spread | None = None,
 ) -> list[dict[str, Any]]:
     """Sample one video per request into ``output``: ``000_words.mp4``, ``.png`` (contact sheet) and ``.json``.
 
     Args:
         prompts: requests; a string is a request with nothing but a prompt.
         settings: default: those of the system.
+        spread: over the processes that torchrun has started, or of the process group there is, which all call this;
+            files are the same as those of one process. None: this process does all by itself.
 
     Returns:
         What stands in each json, plus the paths ``video``, ``sheet`` and ``json``.
@@ -82,43 +90,84 @@ def sample_videos(
         ValueError: no prompts, settings or references that do not fit, or a model that is incomplete.
         FloatingPointError: the transformer's output is not finite.
     """
-    requests = as_requests(prompts)
+    requests, settings = as_requests(prompts), settings or SampleSettings()
     if not requests:
         raise ValueError("sample: no prompt given")
-    job = plan(model, settings or SampleSettings(), requests)
-    system = SYSTEMS[job.parts.system]
-    output = Path(output)
+    with crew_of(spread, settings.device) as (crew, device):
+        job = crew.everyone.together(lambda: plan(model, settings, requests, device, crew))
+        found = sample_with(crew, job, requests, Path(output))
+        return [facts for _, facts in sorted(sum(crew.everyone.gather(found), []), key=lambda pair: pair[0])]
+
+
+def sample_with(crew: Crew, job: Job, requests: Sequence[Request], output: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Sample this process's share of the requests; the numbers of those that it wrote, with what is returned of them.
+
+    Each step is agreed upon: an error of one process is raised on all.
+    """
+    system, everyone = SYSTEMS[job.parts.system], crew.everyone
+    own = crew.own(len(requests))
+    # Who has no request of its own still takes part where weights are shared.
+    numbers = own or ([len(requests) - 1] if crew.spread.shard else [])
+    chosen = [requests[number] for number in numbers]
     if job.settings.image_model is not None:
-        requests = make_images(job, requests, output)
-    refined = refine(job, requests)
-    texts = [system.texts(job, replace(request, prompt=refined[request.prompt])) for request in requests]
-    embeddings = encode_texts(job, [text for pair in texts for text in pair])
-    conditions = encode_references(job, requests)
-    kinds = [system.kind(job, request) for request in requests]
-    latents, seconds = sample_all(job, kinds, texts, embeddings, conditions)
+        chosen = make_images(job, chosen, output, numbers, crew)
 
-    output.mkdir(parents=True, exist_ok=True)
-    vae = system.load_vae(job.parts, job.dtype, job.device)
-    results = []
-    for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
-        began = time.monotonic()
-        stem = output / _stem(index, request)
-        video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
-        write_frames(decoded(vae, job, latent), video, sheet, request.prompt, job)
-        facts = facts_about(job, request, index)
-        if job.settings.refiner is not None:
-            facts["refined_prompt"] = refined[request.prompt]
-        facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
-        write_json(json_file, facts)
-        results.append({**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)})
-    return results
+    def prepare() -> tuple[dict[str, str], list[tuple[str, str]], dict[str, Any], list[dict[str, Tensor]]]:
+        refined = refine(job, chosen)
+        texts = [system.texts(job, replace(request, prompt=refined[request.prompt])) for request in chosen]
+        embeddings = encode_texts(job, [text for pair in texts for text in pair])
+        return refined, texts, embeddings, encode_references(job, chosen, numbers)
+
+    # The first process of a video encodes for the others, which so need no memory for it.
+    refined, texts, embeddings, conditions = everyone.together(lambda: crew.video.on_first(prepare))
+    kinds = [system.kind(job, request) for request in chosen]
+    latents, seconds = sample_all(job, kinds, texts, embeddings, conditions, numbers, crew)
+
+    def write() -> list[tuple[int, dict[str, Any]]]:
+        if not own:
+            return []
+        vae = system.load_vae(job.parts, job.dtype, job.device)
+        results = []
+        for index, number in enumerate(numbers):
+            began = time.monotonic()
+            stem = output / _stem(number, chosen[index])
+            video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
+            chunks = decoded(vae, job, latents[index], crew.video_group)
+            if not crew.video.is_first:
+                for _ in chunks:  # they come out on the first process
+                    pass
+                continue
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                write_frames(chunks, video, sheet, chosen[index].prompt, job)
+            finally:
+                for _ in chunks:  # the others decode to the end, whatever happens here
+                    pass
+            facts = facts_about(job, chosen[index], number)
+            if job.settings.refiner is not None:
+                facts["refined_prompt"] = refined[chosen[index].prompt]
+            facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
+            write_json(json_file, facts)
+            results.append((number, {**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)}))
+        return results
+
+    return everyone.together(write)
 
 
-def plan(model: str | Path, settings: SampleSettings, requests: Sequence[Request]) -> Job:
-    """The job, with everything checked that can be checked without weights. Raises ValueError."""
+def plan(
+    model: str | Path,
+    settings: SampleSettings,
+    requests: Sequence[Request],
+    device: torch.device | None = None,
+    crew: Crew | None = None,
+) -> Job:
+    """The job, with everything checked that can be checked without weights. Raises ValueError.
+
+    ``device`` is the one of this process; None: what the settings say.
+    """
     parts = find_parts(model, vae=settings.vae, t5=settings.t5, clip=settings.clip)
     system = SYSTEMS[parts.system]
-    device = devices.resolve(settings.device)
+    device = device or devices.resolve(settings.device)
     job = Job(
         parts,
         fill_in(settings, system.DEFAULTS, parts.system),
@@ -131,6 +180,8 @@ def plan(model: str | Path, settings: SampleSettings, requests: Sequence[Request
     )
     missing = [str(path) for request in requests for path in request.references if not path.is_file()]
     problems = [f"there is no file {path}" for path in missing] or system.problems(job, requests)
+    if crew is not None and not problems:
+        problems = guidance_problems(system, job, crew, [system.kind(job, request) for request in requests])
     if problems:
         raise ValueError("sample: " + "; ".join(problems))
     return job
@@ -150,7 +201,9 @@ def refine(job: Job, requests: Sequence[Request]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def make_images(job: Job, requests: Sequence[Request], output: Path) -> list[Request]:
+def make_images(
+    job: Job, requests: Sequence[Request], output: Path, numbers: Sequence[int], crew: Crew
+) -> list[Request]:
     """The requests with images that a text-to-image model makes of their prompts: files ``000_words_image.png``."""
     from PIL import Image
 
@@ -165,37 +218,47 @@ def make_images(job: Job, requests: Sequence[Request], output: Path) -> list[Req
         precision=job.settings.precision,
         batch_size=job.settings.batch_size,
     )
-    one = plan(needed(job.settings.image_model), settings, requests)
+    everyone = crew.everyone
+    one = everyone.together(lambda: plan(needed(job.settings.image_model), settings, requests, job.device))
     texts = [(request.prompt, "") for request in requests]
-    embeddings = encode_texts(one, [text for pair in texts for text in pair])
-    latents, _ = sample_all(one, ["t2v"] * len(texts), texts, embeddings, [{} for _ in texts])
-    vae = SYSTEMS[one.parts.system].load_vae(one.parts, one.dtype, one.device)
-    output.mkdir(parents=True, exist_ok=True)
-    result = []
-    for index, (request, latent) in enumerate(zip(requests, latents, strict=True)):
-        frame = next(decoded(vae, one, latent))[0]
-        path = output / f"{_stem(index, request)}_image.png"
-        with atomic_path(path) as temporary:
-            Image.frombytes("RGB", (job.width, job.height), frame.numpy().tobytes()).save(temporary, format="PNG")
-        result.append(replace(request, references=(path,)))
-    return result
+    flat = [text for pair in texts for text in pair]
+    embeddings = everyone.together(lambda: crew.video.on_first(lambda: encode_texts(one, flat)))
+    latents, _ = sample_all(one, ["t2v"] * len(texts), texts, embeddings, [{} for _ in texts], numbers, crew)
+    paths = [output / f"{_stem(number, request)}_image.png" for number, request in zip(numbers, requests, strict=True)]
+
+    def write() -> None:
+        if not crew.video.is_first or not requests:
+            return
+        vae = SYSTEMS[one.parts.system].load_vae(one.parts, one.dtype, one.device)
+        output.mkdir(parents=True, exist_ok=True)
+        for path, latent in zip(paths, latents, strict=True):
+            frame = next(decoded(vae, one, latent))[0]
+            with atomic_path(path) as temporary:
+                Image.frombytes("RGB", (job.width, job.height), frame.numpy().tobytes()).save(temporary, format="PNG")
+
+    everyone.together(write)
+    return [replace(request, references=(path,)) for request, path in zip(requests, paths, strict=True)]
 
 
 def encode_texts(job: Job, texts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """What the encoders make of each text, on the CPU; one by one, so that a text does not depend on its neighbours."""
     system = SYSTEMS[job.parts.system]
+    if not texts:
+        return {}
     encoders = system.load_encoders(job.parts, job.dtype, job.device)
     return {text: on(torch.device("cpu"), system.encode_text(encoders, text)) for text in dict.fromkeys(texts)}
 
 
 @torch.no_grad()
-def encode_references(job: Job, requests: Sequence[Request]) -> list[dict[str, Tensor]]:
-    """The conditions of each request, on the CPU; empty where it has none."""
+def encode_references(
+    job: Job, requests: Sequence[Request], numbers: Sequence[int] | None = None
+) -> list[dict[str, Tensor]]:
+    """The conditions of each request, on the CPU; empty where it has none. Its seed follows from its number."""
     system = SYSTEMS[job.parts.system]
     if not any(system.conditioned(job, request) for request in requests):
         return [{} for _ in requests]
     vae = system.load_vae(job.parts, job.dtype, job.device)
-    seeds = range(job.settings.seed, job.settings.seed + len(requests))
+    seeds = [job.settings.seed + number for number in numbers or range(len(requests))]
     return [
         on(torch.device("cpu"), system.conditions(vae, job, request, seed)) if system.conditioned(job, request) else {}
         for request, seed in zip(requests, seeds, strict=True)
@@ -209,26 +272,45 @@ def sample_all(
     texts: Sequence[tuple[str, str]],
     embeddings: dict[str, dict[str, Tensor]],
     conditions: Sequence[dict[str, Tensor]],
+    numbers: Sequence[int] | None = None,
+    crew: Crew | None = None,
 ) -> tuple[list[Tensor], list[float]]:
     """A latent ``(1, ...)`` on the CPU for each pair of texts, and the seconds that it took.
 
-    Neighbours of one kind pass the transformer together.
+    Neighbours of one kind pass the transformer together. The seed of each follows from its number.
     """
-    system = SYSTEMS[job.parts.system]
-    transformer = system.load_transformer(job.parts, job.dtype, job.device)
+    system, crew = SYSTEMS[job.parts.system], crew or Crew()
+    numbers = range(len(texts)) if numbers is None else numbers
+    batches = crew.rounds(batches_of(kinds, job.settings.batch_size))
+    transformer = load_transformer(system, job, crew, kinds)
     latents: list[Tensor] = []
     seconds: list[float] = []
-    while (start := len(latents)) < len(texts):
-        began = time.monotonic()
-        stop = min(start + job.settings.batch_size, len(texts))
-        batch = [i for i in range(start, stop) if len({*kinds[start : i + 1]}) == 1]
-        entries = [[embeddings[texts[i][side]] for i in batch] for side in (0, 1)]
-        positive, negative, given = (on(job.device, concatenate(e)) for e in (*entries, [conditions[i] for i in batch]))
-        seeds = [job.settings.seed + i for i in batch]
-        result = system.sample_latents(transformer, job, kinds[start], positive, negative, given, seeds).cpu()
-        latents += result.split(1)
-        seconds += [(time.monotonic() - began) / len(batch)] * len(batch)
+
+    def sample() -> None:
+        for batch, counts in batches:
+            began = time.monotonic()
+            entries = [[embeddings[texts[i][side]] for i in batch] for side in (0, 1)]
+            given = on(job.device, concatenate([conditions[i] for i in batch]))
+            positive, negative = (on(job.device, concatenate(side)) for side in entries)
+            seeds = [job.settings.seed + numbers[i] for i in batch]
+            result = system.sample_latents(transformer, job, kinds[batch[0]], positive, negative, given, seeds).cpu()
+            if counts:
+                latents.extend(result.split(1))
+                seconds.extend([(time.monotonic() - began) / len(batch)] * len(batch))
+
+    in_lockstep(crew, sample)
     return latents, seconds
+
+
+def batches_of(kinds: Sequence[str], size: int) -> list[list[int]]:
+    """Neighbours of one kind, at most so many."""
+    batches: list[list[int]] = []
+    for i, kind in enumerate(kinds):
+        if batches and len(batches[-1]) < size and kinds[batches[-1][0]] == kind:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def concatenate(entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -241,9 +323,9 @@ def on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def decoded(vae: Any, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The frames of one latent as uint8 ``(frames, height, width, 3)``, chunk by chunk."""
-    for chunk in SYSTEMS[job.parts.system].decode(vae, job, latent.to(job.device)):
+def decoded(vae: Any, job: Job, latent: Tensor, group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
+    """The frames of one latent as uint8 ``(frames, height, width, 3)``, chunk by chunk; of a group on its first."""
+    for chunk in SYSTEMS[job.parts.system].decode(vae, job, latent.to(job.device), group):
         frames = to_frames(chunk[0].cpu()) if chunk.shape[2] else None
         del chunk  # not while the next one is computed
         if frames is not None:

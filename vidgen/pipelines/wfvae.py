@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.checkpoints.hf import read_config
@@ -14,6 +15,7 @@ from vidgen.models.autoencoders.wfvae import WFVAE
 from vidgen.models.autoencoders.wfvae_config import WFVAEConfig
 
 from .folders import Parts, needed
+from .parallel import decode_stream
 from .settings import Job, chunk_latents
 
 
@@ -38,7 +40,10 @@ def load_vae(parts: Parts, dtype: torch.dtype, device: torch.device) -> WFVAE:
     return WFVAE.from_pretrained(needed(parts.vae), dtype=dtype, device=device)
 
 
-def decode(vae: WFVAE, job: Job, latent: Tensor) -> Iterator[Tensor]:
-    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``."""
+def decode(vae: WFVAE, job: Job, latent: Tensor, group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
+    """The video of one latent ``(1, ...)``, in chunks ``(1, 3, frames, height, width)``.
+
+    With a group its ranks decode together, and the video is on the first of them.
+    """
     chunk = chunk_latents(job, vae.frames_per_latent)
-    return vae.decode_stream(latent, chunk_latents=chunk, tile_size=job.settings.tile_size)
+    return decode_stream(vae, latent, group, chunk_latents=chunk, tile_size=job.settings.tile_size)

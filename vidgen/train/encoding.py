@@ -3,7 +3,8 @@
 
 The processes of one replica need the same samples. So rank r of the M of them reads and encodes every M-th micro-batch
 alone, from r on, and all of them exchange what came out (encoder data parallelism). With an interval of n each encodes
-n micro-batches at once, and VAE and text encoders lie on the host while the n * M micro-steps run (interleaved offload).
+n micro-batches at once, and VAE and text encoders lie on the host while the n * M micro-steps run (interleaved
+offload).
 
 Draws of a micro-step come from its own generator, whose state travels with the batch, so that every loss is what it
 would be if each process encoded everything. Nothing of this is saved: a resumed run encodes again from the number of
@@ -105,6 +106,9 @@ def _travel(
     assert ranks.group is not None
     for rank, described in enumerate(everyone):
         count = sum(shape.numel() * dtype.itemsize for entries, _ in described for _, dtype, shape in entries)
+        if count == 0:  # there are fewer batches left than ranks
+            yield torch.empty(0, dtype=torch.uint8)
+            continue
         if rank == ranks.rank:
             tensors = [t for batch in batches for t in batch.values() if isinstance(t, Tensor)]
             flat = torch.cat([t.contiguous().flatten().view(torch.uint8) for t in tensors]).to(device)

@@ -58,11 +58,13 @@ class Ranks:
 
     def of_replica(self) -> Ranks:
         """The ranks that share this one's samples, for agreement among them."""
-        replica = Ranks(self.layout)
-        if self.layout is not None:
-            replica.group, replica.size = self.layout.group("model"), self.layout.size("model")
-            replica.rank = self.layout.rank("model")
-        return replica
+        return self if self.layout is None else self.within(self.layout.group("model"))
+
+    def within(self, group: dist.ProcessGroup) -> Ranks:
+        """The ranks of a smaller group that this process is in, for agreement among them."""
+        ranks = Ranks(self.layout)
+        ranks.group, ranks.size, ranks.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        return ranks
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on some process."""

@@ -221,7 +221,7 @@ class VAETask(Task):
         )
 
 
-PREPARED, GENERATOR = "prepared.", "generator"  # how tensors of an encoded batch are called
+PREPARED, GENERATOR = "prepared.", "generator_state"  # how tensors of an encoded batch are called
 
 
 class Inputs(NamedTuple):

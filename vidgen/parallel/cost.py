@@ -15,6 +15,7 @@ from vidgen.ops import context_parallel as cp
 
 from .facts import Amount, ModelFacts, Step
 from .layout import Parallel
+from .pipeline_stages import all_chunks
 
 Sizes = dict[str, int]  # of every dimension of a layout
 
@@ -42,8 +43,8 @@ class Shares:
         return amount.part(self.video, self.text)
 
     def between(self, amount: Amount) -> float:
-        """What one rank has of it where tensor parallelism spreads tokens, or channels."""
-        return amount.part(self.video / self.tensor, self.text / (self.tensor if self.text_spread else 1))
+        """What one rank has of it where tensor parallelism spreads tokens, channels, or weights in another precision."""
+        return amount.part(self.video / self.tensor, self.text / self.tensor, 1 / self.tensor)
 
     def attention(self, step: Step) -> float:
         """The fraction of a block's attention that its busiest rank computes; heads need not divide evenly."""
@@ -71,26 +72,16 @@ class Stage:
         return (*self.blocks, *((step, 1) for step in self.ends))
 
 
-def divide_blocks(blocks: int, parallel: Parallel) -> list[list[range]]:
-    """For each stage its runs of blocks, one for each virtual stage."""
-    rows = parallel.stage_rows or [list(cp.shard_sizes(blocks, parallel.pipeline))]
-    stages: list[list[range]] = [[] for _ in range(parallel.pipeline)]
-    begin = 0
-    for row in rows:
-        for stage, count in enumerate(row):
-            stages[stage].append(range(begin, begin + count))
-            begin += count
-    return stages
-
-
 def stages_of(facts: ModelFacts, parallel: Parallel) -> list[Stage]:
-    found = []
-    for number, runs in enumerate(divide_blocks(len(facts.blocks), parallel)):
+    if not facts.blocks:
+        return [Stage((), (facts.before,))]
+    chunks, found = all_chunks(len(facts.blocks), parallel), []
+    for number in range(parallel.pipeline):
         counts: dict[int, int] = {}
-        for index in (i for run in runs for i in run):
-            kind = facts.kinds[index]
+        own = chunks[number :: parallel.pipeline]
+        for kind in (facts.kinds[i] for chunk in own for i in chunk.blocks):
             counts[kind] = counts.get(kind, 0) + 1
-        ends = [facts.before] * (number == 0) + [facts.after] * (number == parallel.pipeline - 1)
+        ends = [facts.before] * own[0].first + [facts.after] * own[-1].last
         found.append(Stage(tuple((facts.blocks[kind], n) for kind, n in counts.items()), tuple(ends), number))
     return found
 
@@ -148,6 +139,9 @@ def exchange_bytes(facts: ModelFacts, shares: Shares, step: Step) -> dict[str, t
     if shares.groups and step.moves.video:
         sent = (shares.context - 1) / shares.context * shares.video * step.moves.video
         found["moves"] = (sent, sent)
+    if step.joins.video and (ranks := shares.context * shares.tensor) > 1:
+        sent = (ranks - 1) * shares.between(step.joins)
+        found["result"] = (sent, sent)
     return found
 
 
@@ -155,7 +149,8 @@ def sharding_bytes(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes
     """Of one step of the optimizer: parameters gathered and gradients summed, of a stage.
 
     Each micro-step gathers a block's parameters for its forward and, unless they stay, again for its backward pass, and
-    adds up its gradients over the shards; over the replicas that happens once. Parameters that the replicas stepped by
+    adds up its gradients over the shards; over the replicas that happens once. Stages of a pipeline keep parameters
+    from a backward to the next forward pass, and add up gradients at the end. Parameters that the replicas stepped by
     parts are gathered from them.
     """
     parallel, tensor = shares.parallel, shares.tensor
@@ -164,10 +159,11 @@ def sharding_bytes(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes
     blocks = sum(count * step.local(step.parameters, tensor) for step, count in stage.blocks)
     ends = sum(step.local(step.parameters, tensor) for step in stage.ends)
     trainable = sum(count * step.local(step.trainable, tensor) for step, count in stage.all)
-    gathers = 2 if parallel.reshard_after_forward else 1
+    piped, reshard = parallel.pipeline > 1, parallel.reshard_after_forward
+    gathers = (micro + 1 if reshard else 1) if piped else micro * (2 if reshard else 1)
     found = {
-        "gather parameters": micro * away * (gathers * blocks + ends) * facts.element,
-        "sum gradients": micro * away * trainable * GRADIENT_BYTES,
+        "gather parameters": away * (gathers * blocks + (1 if piped else micro) * ends) * facts.element,
+        "sum gradients": (1 if piped else micro) * away * trainable * GRADIENT_BYTES,
         "sum over replicas": 2 * over * trainable / shards * GRADIENT_BYTES,
         "gather from replicas": over * trainable / shards * MASTER_BYTES if parallel.shard_optimizer else 0.0,
     }
@@ -206,7 +202,10 @@ def memory_of(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes, mic
     trainable = sum(count * step.local(step.trainable, tensor) for step, count in stage.all)
     blocks = [step.local(step.parameters, tensor) for step, _ in stage.blocks] or [0.0]
     ends = sum(step.local(step.parameters, tensor) for step in stage.ends)
-    stay = 2 * max(blocks) if parallel.reshard_after_forward else parameters - ends
+    # A pipeline's stages hold whole parameters and gradients from the first backward pass to the last.
+    piped = parallel.pipeline > 1
+    stay = 2 * max(blocks) if parallel.reshard_after_forward and not piped else parameters - ends
+    whole_gradients = GRADIENT_BYTES * trainable if piped and shards > 1 else 0.0
     on_device = 0.0 if parallel.cpu_offload else 1.0
     optimizer_ranks = shards * (sizes["replicate"] if parallel.shard_optimizer else 1)
     flights = in_flight(stage.number, parallel.pipeline, len(parallel.stage_rows) or 1, micro, parallel.schedule)
@@ -215,7 +214,9 @@ def memory_of(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes, mic
         "gradients": on_device * GRADIENT_BYTES * trainable / shards,
         "optimizer": on_device * 4 * facts.states * trainable / optimizer_ranks,
         # of one part also the gradients, in both precisions on their way to the shards
-        "gathered": facts.element * (stay + ends) + (facts.element + GRADIENT_BYTES) * max(*blocks, ends),
+        "gathered": facts.element * (stay + ends)
+        + (facts.element + GRADIENT_BYTES) * max(*blocks, ends)
+        + whole_gradients,
         "activations": facts.batch * activation_bytes(facts, stage, shares, flights),
         "working": facts.batch * 2 * max(shares.between(step.widest) for step, _ in stage.all or ((Step(), 1),)),
         "inputs": facts.batch * facts.input_bytes,
@@ -235,5 +236,8 @@ def activation_bytes(facts: ModelFacts, stage: Stage, shares: Shares, flights: f
 
 def saved_bytes(step: Step, shares: Shares) -> float:
     """What one sample leaves on a rank between a block's forward and backward pass."""
-    others = Amount(step.saved.video - step.gathered.video, step.saved.rest - step.gathered.rest)
-    return shares.between(others) + shares.of(step.gathered)
+    kept = shares.between(step.saved - step.gathered) + shares.of(step.gathered)
+    if shares.context > 1 and step.text is not None:  # the result of attention, before and after its exchange
+        facts = shares.facts
+        kept += shares.video / shares.tensor * facts.shape.tokens * facts.width * facts.element
+    return kept

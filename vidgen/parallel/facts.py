@@ -9,17 +9,22 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Amount:
-    """Of one sample: what goes with its video tokens, and the rest, which goes with its text or with neither."""
+    """Of one sample: what goes with its video tokens, what with its text's, and what with neither."""
 
     video: float = 0.0
-    rest: float = 0.0
+    text: float = 0.0
+    fixed: float = 0.0
 
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(self.video + other.video, self.rest + other.rest)
+    def __sub__(self, other: Amount) -> Amount:
+        return Amount(self.video - other.video, self.text - other.text, self.fixed - other.fixed)
 
-    def part(self, video: float, rest: float) -> float:
-        """What a process has of it that holds such shares of the video's tokens and of the text's."""
-        return self.video * video + self.rest * rest
+    def part(self, video: float, text: float, fixed: float = 1.0) -> float:
+        """What a process has of it that holds such shares of the tokens, and of the rest."""
+        return self.video * video + self.text * text + self.fixed * fixed
+
+    @property
+    def whole(self) -> float:
+        return self.part(1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Step:
         text: text tokens that take part in the attention with the video's; None where a block has no attention.
         joint: they are tokens of one sequence with the video's; ``answers``: they also get a result.
         ratio, pattern: of Skiparse.
-        moves: bytes that go to other places before this block where whole groups lie on each rank.
+        moves: bytes that go to other places before this block where whole groups lie on each rank; ``joins``: those
+            that are brought to all ranks of a sequence.
         widest: bytes of the largest tensor kept.
     """
 
@@ -54,6 +60,7 @@ class Step:
     gathers: Amount = Amount()
     scatters: Amount = Amount()
     moves: Amount = Amount()
+    joins: Amount = Amount()
     text: int | None = None
     joint: bool = False
     answers: bool = True
@@ -120,7 +127,7 @@ class ModelFacts:
     def flops(self) -> float:
         """Of one sample's forward pass."""
         steps = (self.before, *self.blocks, self.after)
-        return sum(step.linear.video + step.linear.rest + step.attention for step in steps)
+        return sum(step.linear.whole + step.attention for step in steps)
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:

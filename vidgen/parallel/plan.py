@@ -11,6 +11,7 @@ from vidgen.ops import context_parallel as cp
 
 from .facts import ModelFacts, ModelShape
 from .layout import DIMS, Parallel
+from .pipeline_stages import micro_batch_problems, stage_problems
 from .timing import Cost, Machine, cost
 
 USABLE = 0.92  # of a device's memory: the rest goes to the libraries and to fragments
@@ -62,33 +63,17 @@ def refusals(shape: ModelShape, parallel: Parallel, accumulation: int | None = N
             f"parallel.tensor must divide the {shape.heads} heads, got {parallel.tensor}; nearest: {near}, or ulysses, "
             "which takes any number",
         )
-    rows = parallel.stage_rows
-    if rows and sum(map(sum, rows)) != shape.blocks:
-        even = list(cp.shard_sizes(shape.blocks, parallel.pipeline))
-        yield (
-            STAGES,
-            f"parallel.stages must add up to the model's {shape.blocks} blocks, got {sum(map(sum, rows))}; "
-            f"nearest: {even}",
-        )
-    if not rows and parallel.pipeline > shape.blocks:
-        yield (
-            STAGES,
-            f"parallel.pipeline must be at most the model's {shape.blocks} blocks, got {parallel.pipeline}; "
-            f"nearest: pipeline={shape.blocks}",
-        )
+    for problem in stage_problems(shape.blocks, parallel):
+        yield STAGES, problem
     if parallel.skiparse == "groups" and set(shape.ratios) == {1}:
         yield (
             GROUPS,
             "parallel.skiparse='groups' is for models with Skiparse layers, this one has none; nearest: "
             "skiparse='heads'",
         )
-    if len(rows) > 1 and accumulation is not None and accumulation % parallel.pipeline:
-        up = -(-accumulation // parallel.pipeline) * parallel.pipeline
-        yield (
-            FEW,
-            f"training.accumulation must be a multiple of pipeline={parallel.pipeline} where there are virtual stages, "
-            f"got {accumulation}; nearest: {up}",
-        )
+    if accumulation is not None:
+        for problem in micro_batch_problems(parallel, accumulation):
+            yield FEW, problem
 
 
 def warnings(shape: ModelShape, parallel: Parallel, *, accumulation: int | None = None) -> list[str]:
@@ -264,6 +249,7 @@ def reason(plan: Plan, c: Cost) -> str:
         "ulysses": "heads are exchanged",
         "groups": "cells of ranks share groups",
         "moves": "hidden states move",
+        "result": "the result is gathered",
         "tensor": "tokens meet before and after each layer",
         "ring": "keys and values arrive late",
         "pipeline": "stages are far apart",
@@ -348,10 +334,11 @@ def recommendation(plan: Plan) -> str:
     if best is None:
         if not plan.costs:
             return "no combination is legal"
-        need = gb(plan.costs[0].memory_bytes)
-        return (
-            f"no combination fits; the smallest needs {need} GB of a process: more processes, or parallel.cpu_offload"
-        )
+        smallest = plan.costs[0]
+        more = [] if plan.facts.recomputed or not plan.facts.blocks else ["training.activation_checkpointing"]
+        more += [] if smallest.parallel.cpu_offload else ["parallel.cpu_offload"]
+        need = f"the smallest needs {gb(smallest.memory_bytes)} GB of a process"
+        return f"no combination fits; {need}: {', '.join([*more, 'more processes'])}"
     lines = ["recommended:", "parallel:", *(f"  {name}: {value}" for name, value in section(best).items())]
     if best.accumulation != plan.facts.accumulation:
         lines += ["training:", f"  accumulation: {best.accumulation}"]

@@ -11,6 +11,7 @@ import torch
 
 from vidgen.parallel import plan as planning
 from vidgen.parallel.facts import Amount, ModelFacts, ModelShape, Step
+from vidgen.parallel.tensor import cut_layers
 from vidgen.parallel.timing import Machine
 from vidgen.pipelines.folders import weights_folder
 
@@ -27,6 +28,7 @@ AMOUNTS = (
     "gathers",
     "scatters",
     "moves",
+    "joins",
     "widest",
 )
 
@@ -134,30 +136,44 @@ def arguments(system: Any, config: Any, latent: Any, text: int, dtype: torch.dty
 
 
 def amount(name: str, seen: Seen, less: Seen | None, tokens: int, fewer: int) -> Amount:
+    """What grows with the tokens belongs to the video; the rest to the text, but for what has no tokens,
+    such as weights in another precision."""
     total = getattr(seen, name)
     if less is None:
-        return Amount(total, 0.0)
-    video = (total - getattr(less, name)) / (tokens - fewer) * tokens
-    return Amount(video, total - video)
+        return Amount(total)
+
+    def growing(what: str) -> float:
+        return (getattr(seen, what) - getattr(less, what)) / (tokens - fewer) * tokens
+
+    video = growing(name)
+    fixed = {"saved": seen.textless - growing("textless"), "gathers": seen.outputs}.get(name, 0.0)
+    return Amount(video, total - video - fixed, fixed)
 
 
-def count_parameters(model: Any, index: int) -> tuple[int, int]:
-    """Of a block, or of what comes before the first (-1) or after the last: all, and those that are trained."""
-    own = [p for name, p in model.named_parameters() if model.step_of(name) == index]
-    return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
+def count_parameters(model: Any, index: int) -> dict[str, int]:
+    """Of a block, or of what comes before the first (-1) or after the last: all, those that are trained, and those that
+    tensor parallelism cuts."""
+    own = [(name, p) for name, p in model.named_parameters() if model.step_of(name) == index]
+    cut: set[str] = set()
+    for name, _, how in cut_layers(model):
+        if how is not None:  # the bias of a layer that is cut by rows is whole
+            cut |= {f"{name}.weight"} | ({f"{name}.bias"} if how.way != "row" else set())
+    return {
+        "parameters": sum(p.numel() for _, p in own),
+        "trainable": sum(p.numel() for _, p in own if p.requires_grad),
+        "cut": sum(p.numel() for name, p in own if name in cut),
+    }
 
 
-def step_of(seen: Seen, counts: tuple[int, int], place: tuple[int, str], amounts: dict[str, Amount]) -> Step:
+def step_of(seen: Seen, counts: dict[str, int], place: tuple[int, str], amounts: dict[str, Amount]) -> Step:
     return Step(
-        parameters=counts[0],
-        trainable=counts[1],
-        cut=seen.cut,
         attention=seen.attention,
         text=seen.text,
         joint=seen.joint,
         answers=seen.answers,
         ratio=place[0],
         pattern=place[1],
+        **counts,
         **amounts,
     )
 
@@ -170,16 +186,17 @@ def vae_facts(recipe: Recipe, model: Any, dtype: torch.dtype, common: dict[str, 
         noise = torch.zeros(1, model.config.latent_dim, *latent_of(recipe), dtype=dtype)
     trace: Trace = trace_whole(model, video, noise=noise)
     (seen,) = trace.seen
-    count = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    amounts = {name: Amount(0.0, getattr(seen, name)) for name in AMOUNTS}
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    counts = {"parameters": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trained)}
+    amounts = {name: Amount(fixed=getattr(seen, name)) for name in AMOUNTS}
     return ModelFacts(
         name=f"vae of {recipe.system}, {latent_text(recipe)}",
         shape=ModelShape(0, 0, 0),
         width=0,
         text=0,
         spread_text=False,
-        before=step_of(dataclasses.replace(seen, text=None), (count, trainable), (1, "single"), amounts),
+        before=step_of(dataclasses.replace(seen, text=None), counts, (1, "single"), amounts),
         blocks=(),
         after=Step(),
         input_bytes=4.0 * video.numel(),

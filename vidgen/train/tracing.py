@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vidgen import ops
-from vidgen.nn import Place, Tokens
+from vidgen.nn import DENSE, Place, Tokens
+from vidgen.parallel.tensor import cut_layers
 
 INITIALIZERS = ("normal_", "uniform_", "trunc_normal_", "zero_", "zeros_", "fill_", "constant_", "ones_", "eye_")
 
@@ -45,15 +46,17 @@ class Seen:
     linear: float = 0.0
     attention: float = 0.0
     saved: float = 0.0
+    textless: float = 0.0  # of it, tensors without text in them
     gathered: float = 0.0
     outside: float = 0.0
     inputs: float = 0.0
     stream: float = 0.0
     gathers: float = 0.0
+    outputs: float = 0.0  # of gathers, those that are no tokens
     scatters: float = 0.0
     moves: float = 0.0
+    joins: float = 0.0
     widest: float = 0.0
-    cut: int = 0
     text: int | None = None
     joint: bool = False
     answers: bool = True
@@ -64,8 +67,13 @@ class Seen:
 class Traced(Tokens):
     """Notes what the blocks ask of their tokens, and does nothing to them."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, video: int, text: int) -> None:
         self.trace = trace
+        trace.counts = (video, text)
+
+    def join(self, x: Tensor, place: Place = DENSE) -> Tensor:
+        self.trace.now.joins += size(x)
+        return x
 
     def split_text(self, y: Tensor) -> Tensor:
         self.trace.spread_text = True
@@ -86,7 +94,7 @@ class Traced(Tokens):
         return x
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.trace.note_attention(q, joint=True)
+        self.trace.note_attention(q, text=self.trace.counts[1], joint=True)
         return super().attention(q, k, v)
 
     def skiparse_attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -104,6 +112,7 @@ class Trace:
     model: Any
     seen: list[Seen] = field(default_factory=list)
     spread_text: bool = False
+    counts: tuple[int, int] = (0, 0)  # of video and text tokens
     inside: bool = False  # of the part of a block that is recomputed
     whole: set[int] = field(default_factory=set)  # storages that are gathered for tensor parallelism
     known: dict[int, Any] = field(default_factory=dict)  # storages that are counted, or weights
@@ -125,11 +134,18 @@ class Trace:
             now, count = self.now, float(storage.nbytes())
             if self.inside or not self.model_has_blocks:
                 now.saved += count
+                now.textless += 0.0 if self.has_text(t) else count
             else:
                 now.outside += count
             now.gathered += count if storage._cdata in self.whole else 0.0
             now.widest = max(now.widest, count)
         return t
+
+    def has_text(self, t: Tensor) -> bool:
+        """Whether an axis of it are the text's tokens, or the video's with the text's once or in every group."""
+        video, text = self.counts
+        ratios = {ratio for ratio, _ in getattr(self.model, "places", [])} | {1}
+        return bool({text, *(video + ratio * text for ratio in ratios)} & set(t.shape))
 
     @property
     def model_has_blocks(self) -> bool:
@@ -216,13 +232,15 @@ def hooks(trace: Trace) -> Iterator[None]:
     def end(module: nn.Module, args: Any, output: Any) -> None:
         trace.inside = False
 
-    def cut(module: nn.Module, args: Any) -> None:
-        if trace.inside and args[0].dim() == 3:  # tokens, not the condition
-            trace.now.cut += sum(p.numel() for p in module.parameters())
+    def spread(module: nn.Module, args: Any, output: Tensor) -> None:
+        trace.now.gathers += size(output)
+        trace.now.outputs += size(output)
 
     for block in getattr(trace.model, "blocks", []):
         handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
-    handles += [m.register_forward_pre_hook(cut) for m in trace.model.modules() if isinstance(m, nn.Linear)]
+    # Modulations are computed in parts by the tensor ranks, and gathered.
+    gathered = [layer for _, layer, cut in cut_layers(trace.model) if cut is not None and cut.way == "gathered"]
+    handles += [layer.register_forward_hook(spread) for layer in gathered]
     try:
         yield
     finally:
@@ -233,8 +251,7 @@ def hooks(trace: Trace) -> Iterator[None]:
 def trace_blocks(model: Any, arguments: Mapping[str, Tensor]) -> Trace:
     """Run a transformer of :func:`build` on arguments of the meta device, block by block."""
     trace, alone, model.gradient_checkpointing = Trace(model), model.sequence, False
-    tokens = Traced(trace)
-    model.sequence = lambda video, text: tokens
+    model.sequence = lambda video, text: Traced(trace, video, text)
     saving = torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda t: t)
     try:
         with torch.device("meta"), hooks(trace), saving, Arithmetic(trace), Attention(trace):

@@ -21,7 +21,7 @@ from .errors import TrainingStopped
 T = TypeVar("T")
 
 # What an error of another process is raised as here, so that all of them end with the same exit code.
-ERRORS = (TrainingStopped, LockError, OSError, ImportError, ValueError)
+ERRORS = (TrainingStopped, LockError, OSError, ImportError, FloatingPointError, ValueError)
 
 
 class Ranks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,14 @@ from tiny import make_inputs, make_model
 from torch import Tensor
 
 from vidgen.parallel import Layout, Parallel
+from vidgen.parallel import pipeline as pipelines
 from vidgen.parallel.context import spread
 from vidgen.parallel.pipeline import Call, Pipeline
-from vidgen.parallel.pipeline_stages import all_chunks, keep_steps
-from vidgen.parallel.sharding import fsdp_modules, local, shard_model
+from vidgen.parallel.pipeline_stages import keep_steps, own_chunks
+from vidgen.parallel.sharding import local, shard_model
+from vidgen.parallel.tensor import row_order, tensor_parallel, usual_order
+from vidgen.train import loop
+from vidgen.train.recipe import load_recipe
 
 Group = dist.ProcessGroup
 # Blocks are 4 in all but Open-Sora Plan 1.5, where three stages have two each and skips join the outer ones.
@@ -26,9 +31,8 @@ CHANGES: dict[str, dict[str, Any]] = {"cogvideox": {"num_layers": 4}, "opensora_
 
 def own_part(whole: Any, layout: Layout, parallel: Parallel) -> Any:
     """A copy of the model with the steps of this rank alone."""
-    stage = layout.rank("pipeline")
-    part = copy.deepcopy(whole)
-    keep_steps(part, [c for c in all_chunks(len(whole.blocks), parallel) if c.number % parallel.pipeline == stage])
+    part = tensor_parallel(copy.deepcopy(whole), layout)
+    keep_steps(part, own_chunks(whole, layout, parallel))
     return part
 
 
@@ -49,6 +53,7 @@ def steps(
     fsdp: bool = False,
     preset: str | None = None,
     changes: dict[str, Any] | None = None,
+    buckets: int = 8,
 ) -> dict[str, Any] | None:
     """Largest differences of losses, outputs and gradients, over steps of so many latent frames each; and the share of
     the model's parameters that this rank holds."""
@@ -83,7 +88,8 @@ def steps(
             found["output"] = max(found["output"], difference(output.detach(), wanted[m].detach()))  # noqa: B023
             return value / len(seeds) / layout.size("sequence")  # noqa: B023
 
-        pipeline.step([Call((), inputs[m]) for m in mine], loss)
+        with mock.patch.object(pipelines, "MAX_BUCKETS", buckets):
+            pipeline.step([Call((), inputs[m]) for m in mine], loss)
         last = layout.rank("pipeline") == layout.size("pipeline") - 1
         assert sorted(seen) == (sorted(mine) if last else []), seen
         found["loss"] = max(found["loss"], *seen.values(), 0.0)
@@ -93,13 +99,14 @@ def steps(
             p.grad = None
     found["bytes"] = sum(local(p).nbytes for p in own.parameters()) / sum(p.nbytes for p in whole.parameters())
     found["names"] = [name for name, _ in own.named_parameters()]
-    found["wrapped"] = sum(1 for _ in fsdp_modules(own))
+    assert len(pipeline.buckets) == min(buckets, len(set(frames)))
+    found["all"] = [name for name, _ in whole.named_parameters()]
     return found
 
 
 def gradient_errors(whole: Any, own: Any, layout: Layout) -> dict[str, float]:
     """Of the parameters that this rank holds, relative to the largest of each, or to that of all."""
-    names = dict(whole.named_parameters())
+    names, orders = dict(whole.named_parameters()), row_order(own)
     largest = max(p.grad.abs().max().item() for p in names.values() if p.grad is not None)
     errors = {}
     for name, p in own.named_parameters():
@@ -107,8 +114,54 @@ def gradient_errors(whole: Any, own: Any, layout: Layout) -> dict[str, float]:
         assert (wanted is None) == (got is None), name
         if wanted is not None:
             if hasattr(got, "full_tensor"):
-                got = got.full_tensor()
+                got = usual_order(got.full_tensor(), orders.get(name))
             elif layout.size("sequence") > 1:
                 dist.all_reduce(got, group=layout.group("sequence"))
             errors[name] = difference(got, wanted) / max(wanted.abs().max().item(), 0.01 * largest)
     return errors
+
+
+def train(
+    group: Group, values: dict[str, Any], output: str, parallel: dict[str, Any], first: dict[str, Any]
+) -> dict[str, Any]:
+    """A run of all processes, with ``first`` one that ends early and goes on; what of its report is the same on all."""
+    layout = make_layout(4, **{name: size for name, size in parallel.items() if name != "stages"})
+    values = {**values, "output": output, "parallel": vars(Parallel(**parallel))}
+    for training in [first, {}] if first else [{}]:
+        report = loop.train(load_recipe({**values, "training": {**values["training"], **training}}), layout=layout)
+    dist.barrier()
+    return {key: report[key] for key in ("finished", "step", "parameters", "skipped_steps")}
+
+
+def refusals(group: Group) -> list[str]:
+    """What is raised for steps that must not begin, and after them a step that works."""
+    sizes: dict[str, Any] = {"pipeline": 2, "shard": 2}
+    layout, section = make_layout(4, **sizes), Parallel(**sizes, stages=[[1, 1], [1, 1]])
+    assert layout is not None
+    whole = make_model("opensora_plan_v1_3", num_layers=4)
+    pipeline = Pipeline(own_part(whole, layout, section), layout, section)
+
+    def call(frames: int = 2, channels: int | None = None) -> Call:
+        inputs = make_inputs(whole, (frames, 4, 6), batch=1, text=5)
+        if channels is not None:
+            inputs["hidden_states"] = inputs["hidden_states"][:, :channels]
+        return Call((), inputs)
+
+    stage = layout.rank("pipeline")
+    steps = [
+        [call(2 + stage), call(2 + stage)],
+        [call(2), call(3 if layout.rank("world") == 1 else 2)],
+        [call(channels=1 if layout.rank("world") == 2 else None)],
+        [call() for _ in range(5)],
+        [],
+    ]
+    found = []
+    for calls in steps:
+        try:
+            pipeline.step(calls, lambda number, output: loss_of(output, number))
+        except ValueError as error:
+            found.append(str(error))
+    assert not any(p.grad is not None for p in pipeline.model.parameters())
+    pipeline.step([call(), call()], lambda number, output: loss_of(output, number))
+    assert all(p.grad is not None for p in pipeline.model.parameters())
+    return found

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from .layout import Layout, Parallel
-from .pipeline_stages import all_chunks, micro_batch_problems
+from .pipeline_stages import all_chunks, micro_batch_problems, own_chunks
 
 MAX_BUCKETS = 8  # whose buffers are kept; of more, the one that was used least recently is dropped
 Stream = tuple[Tensor, ...]
@@ -43,15 +43,17 @@ class Pipeline:
             shards or not.
         layout: of all ranks.
         parallel: says which blocks are where, and the schedule.
+        device: of the stream; default: the current one of the layout's type.
 
     Raises:
-        ValueError: ``parallel`` does not fit the model's blocks.
+        ValueError: the model has no blocks, or ``parallel`` does not fit them.
     """
 
-    def __init__(self, model: Any, layout: Layout, parallel: Parallel) -> None:
+    def __init__(self, model: Any, layout: Layout, parallel: Parallel, device: torch.device | None = None) -> None:
         self.model, self.layout, self.parallel = model, layout, parallel
+        self.device = device or torch.device(layout.mesh.device_type)
+        self.own = own_chunks(model, layout, parallel)
         self.chunks = all_chunks(len(model.blocks), parallel)
-        self.own = [chunk for chunk in self.chunks if chunk.number % parallel.pipeline == layout.rank("pipeline")]
         self.buckets: dict[str, Any] = {}
         self.calls: Sequence[Call] = ()
         self.inputs: dict[int, Any] = {}  # of the micro-batches that are under way, by number
@@ -91,6 +93,19 @@ class Pipeline:
         finally:
             self.calls, self.loss, self.inputs = (), None, {}
             self._synchronize_gradients(True)
+
+    def sum(self, number: float) -> float:
+        """The sum of a number over the stages, which call this together."""
+        total = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(total, group=self.layout.group("pipeline"))
+        return float(total)
+
+    def from_last(self, value: Any) -> Any:
+        """A small value of the last stage, on all stages of this replica, which call this together."""
+        answer = [value]
+        group, last = self.layout.group("pipeline"), self.layout.size("pipeline") - 1
+        dist.broadcast_object_list(answer, group=group, group_src=last)
+        return answer[0]
 
     # Agreement
 
@@ -143,8 +158,7 @@ class Pipeline:
         for chunk in self.chunks:
             answer: list[Any] = [None]
             if chunk in self.own:
-                device = self.layout.mesh.device_type
-                stream = [torch.zeros(s, dtype=dtype, device=device) for s, dtype in (found[-1] if found else ())]
+                stream = [torch.zeros(s, dtype=dtype, device=self.device) for s, dtype in (found[-1] if found else ())]
                 answer = [[(tuple(t.shape), t.dtype) for t in self.model.run_steps(chunk.number, 0, *stream)]]
             owner = chunk.number % self.parallel.pipeline
             dist.broadcast_object_list(answer, group=self.layout.group("pipeline"), group_src=owner)
@@ -159,7 +173,7 @@ class Pipeline:
                 _Steps(self.model, chunk.number),
                 chunk.number,
                 chunk.count,
-                torch.device(self.layout.mesh.device_type),
+                self.device,
                 input_args=streams[chunk.number],
                 output_args=streams[chunk.number + 1],
                 group=self.layout.group("pipeline"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from vidgen.ops import context_parallel as cp
 
-from .layout import Parallel
+from .layout import Layout, Parallel
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,18 @@ def all_chunks(blocks: int, parallel: Parallel) -> list[Chunk]:
     return [
         Chunk(i, len(counts), range(begin, begin + n)) for i, (begin, n) in enumerate(zip(begins, counts, strict=True))
     ]
+
+
+def own_chunks(model: Any, layout: Layout, parallel: Parallel) -> list[Chunk]:
+    """The chunks of a model that this rank's stage has, one for each virtual stage.
+
+    Raises:
+        ValueError: the model has no blocks, or the section ``parallel`` does not fit them.
+    """
+    if not hasattr(model, "step_of"):
+        raise ValueError(f"pipeline: model must be a transformer with `blocks`, got {type(model).__name__}")
+    chunks = all_chunks(len(model.blocks), parallel)
+    return [chunk for chunk in chunks if chunk.number % parallel.pipeline == layout.rank("pipeline")]
 
 
 def stage_problems(blocks: int, parallel: Parallel) -> list[str]:

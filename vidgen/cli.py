@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(f"vidgen {options.verb}: {error}")
         return STOPPED if isinstance(error, TrainingStopped) else USER_ERROR
+    except FloatingPointError as error:  # of sampling: not what was asked for, but no error of a program either
+        if options.traceback:
+            raise
+        _say(f"vidgen {options.verb}: {error}")
+        return UNEXPECTED
     except Exception as error:
         if not _is_one_of_many():
             raise
@@ -173,7 +178,23 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--refine-prompts", type=Path, dest="refiner", metavar="FOLDER", help="language model that rewrites the prompts"
     )
     parser.add_argument("--image-model", type=Path, metavar="FOLDER", help="text-to-image model that makes the image")
+    _add_spread(parser)
     _add_common(parser)
+
+
+def _add_spread(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group("several processes", "what these leave of them takes other prompts")
+    several.add_argument("--nproc", type=int, metavar="N", help="start N processes on this node; several: use torchrun")
+    sizes = {
+        "ulysses": "processes that share a video's tokens, by heads inside attention",
+        "ring": "the same, by blocks of keys",
+        "tensor": "processes that share the transformer's layers",
+        "guidance-parallel": "processes that share the predictions with and without the prompt",
+    }
+    for name, what in sizes.items():
+        several.add_argument(f"--{name}", type=int, default=1, metavar="N", help=what)
+    several.add_argument("--shard", action="store_true", help="each process keeps a part of the transformer's weights")
+    several.add_argument("--offload", action="store_true", help="with --shard: the parts lie on the host")
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
@@ -213,8 +234,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from vidgen.parallel import launch
     from vidgen.train.checkpoint import resume_after
-    from vidgen.train.loop import replay, train
+    from vidgen.train.loop import train
     from vidgen.train.recipe import load_recipe
+    from vidgen.train.skipped import replay
     from vidgen.train.tasks import describe
 
     recipe = load_recipe(options.config, options.overrides)
@@ -254,8 +276,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
+    from vidgen.parallel import launch
     from vidgen.pipelines.prompts import read_references, read_requests, with_references
-    from vidgen.pipelines.text_to_video import Request, SampleSettings, describe_sample, sample_videos
+    from vidgen.pipelines.text_to_video import Request, SampleSettings, Spread, describe_sample, sample_videos
 
     requests = [Request(prompt) for prompt in options.prompt]
     requests += read_requests(options.prompt_file) if options.prompt_file else []
@@ -265,11 +288,21 @@ def _sample(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name in names}
     values |= _oscillations(options.oscillation)
     settings = SampleSettings(**values)
+    sizes = {name: getattr(options, name) for name in ("ulysses", "ring", "tensor", "shard", "offload")}
+    spread = Spread(**sizes, guidance=options.guidance_parallel)
+    if options.nproc is not None:
+        launch.check(spread.parallel(options.nproc), options.nproc, 0)
     if options.dry_run:
         _print(describe_sample(options.model, settings, requests))
         return 0
-    for result in sample_videos(options.model, requests, options.output, settings):
-        print(result["video"])
+    if options.nproc is not None:
+        rest = launch.without(options.arguments, "--nproc")
+        return launch.launch([sys.executable, "-m", "vidgen", *rest], options.nproc)
+    is_spread = launch.is_one_of_many() or spread != Spread()
+    results = sample_videos(options.model, requests, options.output, settings, spread if is_spread else None)
+    if launch.rank() == 0:
+        for result in results:
+            print(result["video"])
     return 0
 
 

@@ -17,9 +17,11 @@ from vidgen import config
 from vidgen.io import LockError, lock_directory, newest_valid, read_json
 from vidgen.train import checkpoint, loop
 from vidgen.train.errors import TrainingStopped
-from vidgen.train.loop import learning_rate, replay, step_seed, train
+from vidgen.train.loop import train
 from vidgen.train.metrics import read_metrics
 from vidgen.train.recipe import Optimizer
+from vidgen.train.skipped import replay
+from vidgen.train.steps import learning_rate, step_seed
 from vidgen.train.tasks import DiTTask, VAETask
 
 ROOT = Path(__file__).parents[2]

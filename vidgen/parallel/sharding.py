@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from .layout import Layout
 
+Order = tuple[int, Tensor]  # an axis, and where its indices lie in the usual order
 BUCKET = 1 << 24  # elements of a buffer that many small tensors travel in
 
 
@@ -164,7 +165,13 @@ def sum_over_tensor(parameters: Iterable[Tensor], layout: Layout) -> None:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, whole: Mapping[str, Tensor] | None, templates: Mapping[str, Tensor], layout: Layout) -> None:
+def fill(
+    model: nn.Module,
+    whole: Mapping[str, Tensor] | None,
+    templates: Mapping[str, Tensor],
+    layout: Layout,
+    orders: Mapping[str, Order] | None = None,
+) -> None:
     """Give every rank its parts of the tensors ``whole``, which only the first rank of the layout has.
 
     Tensor by tensor is sent to all, and each keeps its part, so that no rank holds more than one whole tensor beside
@@ -175,6 +182,8 @@ def fill(model: nn.Module, whole: Mapping[str, Tensor] | None, templates: Mappin
         whole: the whole tensors, on the first rank; elsewhere ignored.
         templates: shape and dtype of everything that is sent, in the same order on all ranks; what ``model`` does not
             have belongs to other stages of a pipeline.
+        orders: of parameters of which an axis lies in another order than in ``whole``, see
+            :func:`vidgen.parallel.tensor.row_order`.
 
     Raises:
         ValueError: the model has a parameter or buffer that ``templates`` lacks, or one of another shape.
@@ -194,6 +203,9 @@ def fill(model: nn.Module, whole: Mapping[str, Tensor] | None, templates: Mappin
             buffer.copy_(whole[name])
         dist.broadcast(buffer, src=first, group=group)
         if name in own:
+            if orders and name in orders:
+                axis, order = orders[name]
+                buffer = buffer.index_select(axis, order.to(buffer.device))
             copy_part(own[name], buffer)
 
 
@@ -213,15 +225,25 @@ def copy_part(target: Tensor, whole: Tensor) -> None:
 
 
 @torch.no_grad()
-def gather(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The whole tensors on the host of the first rank of every pipeline stage; elsewhere an empty map.
+def gather(
+    tensors: Mapping[str, Tensor], layout: Layout, orders: Mapping[str, Order] | None = None
+) -> dict[str, Tensor]:
+    """The whole tensors on the host of the first rank; elsewhere an empty map.
 
-    All ranks call this; one whole tensor at a time is on each device.
+    All ranks call this; one whole tensor at a time is on each device. ``orders``: as for :func:`fill`.
     """
     keeps = all(layout.rank(dim) == 0 for dim in ("replicate", "fsdp", "tensor"))
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for name, t in tensors.items():
         whole = t.full_tensor() if isinstance(t, DTensor) else t
         if keeps:
-            kept[name] = whole.detach().to("cpu", copy=True)
-    return kept
+            whole = whole.detach().to("cpu", copy=True)
+            if orders and name in orders:
+                axis, order = orders[name]
+                whole = whole.index_select(axis, order.cpu().argsort())
+            kept[name] = whole
+    if keeps and layout.size("pipeline") > 1:
+        stages: list[Any] = [None] * layout.size("pipeline")
+        dist.all_gather_object(stages, kept, group=layout.group("pipeline"))
+        kept = {name: t for stage in stages for name, t in stage.items()}
+    return kept if layout.rank("world") == 0 else {}

@@ -8,7 +8,6 @@ every draw of a step on the seed and the step. So a resumed run continues bit fo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import signal
@@ -25,12 +24,14 @@ from torch import Tensor
 from vidgen import __version__, config
 from vidgen import device as devices
 from vidgen.checkpoints.distributed import is_distributed
-from vidgen.io import lock_directory, read_json, write_json
+from vidgen.io import lock_directory, write_json
 from vidgen.parallel import Layout, Parallel, launch
-from vidgen.parallel.sharding import gather, local, reduce_over_replicas, sum_over_tensor
+from vidgen.parallel.pipeline import Pipeline
+from vidgen.parallel.sharding import local, sum_over_tensor
+from vidgen.parallel.tensor import row_order
 from vidgen.parallel.watchdog import Watchdog
 
-from . import checkpoint, sharded_checkpoint
+from . import checkpoint, pipelined, sharded_checkpoint, skipped
 from .encoding import micro_batches
 from .errors import TrainingStopped
 from .gradient_clipping import AdaptiveGradientClipping, gradient_norm, norm_over
@@ -38,10 +39,11 @@ from .metrics import METRICS, MetricsLog, Progress, plot_loss, read_metrics
 from .optimizer import EMAAdamW
 from .profile import StepProfiler
 from .ranks import Ranks, join, tried
-from .recipe import Optimizer, Recipe
+from .recipe import Recipe
 from .sharded_checkpoint import Outcome, Saver
-from .sharded_model import build_sharded, build_unfilled
+from .sharded_model import build_sharded, build_unfilled, trained_names
 from .sharded_optimizer import ShardedEMAAdamW
+from .steps import forward_backward, learning_rate, step_seed
 from .tasks import Task, build_task
 
 logger = logging.getLogger(__name__)
@@ -90,48 +92,6 @@ def train(
         return run.train(terminated, profile_steps)
 
 
-def forward_backward(
-    task: Task, batches: list[dict[str, Any]], seeds: list[int], divisor: int, layout: Layout | None
-) -> tuple[float, dict[str, float]]:
-    """Forward and backward passes of this process's micro-steps; gradients are added to those of the parameters.
-
-    Args:
-        batches, seeds: of each micro-step, what it is of and where its draws come from.
-        divisor: what the loss of a micro-step is divided by, so that sums over micro-steps, replicas and the ranks of a
-            sequence are means.
-
-    Returns:
-        The mean loss of these micro-steps, and of its terms.
-    """
-    loss, parts = 0.0, dict[str, float]()
-    for micro_step, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-        value, terms = task.loss(batch, torch.Generator().manual_seed(seed))
-        if layout is not None:
-            reduce_over_replicas(task.model, last=micro_step + 1 == len(batches))
-        (value / divisor).backward()
-        loss += float(value.detach()) / len(batches)
-        for name, term in terms.items():
-            parts[name] = parts.get(name, 0.0) + float(term) / len(batches)
-    return loss, parts
-
-
-def step_seed(seed: int, step: int, micro_step: int = 0) -> int:
-    """A 63-bit seed for the draws of one micro-step; neighbours share nothing."""
-    digest = hashlib.sha256(f"{seed} {step} {micro_step}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def learning_rate(options: Optimizer, step: int, steps: int) -> float:
-    """Rate of a step counted from 1: ``lr * min(1, step / warmup_steps)``, then constant or a cosine to the end."""
-    if step <= options.warmup_steps:
-        return options.lr * step / options.warmup_steps
-    if options.schedule == "constant":
-        return options.lr
-    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
-    fraction = options.final_lr_fraction
-    return options.lr * (fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
 @contextlib.contextmanager
 def _sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets; only the main thread may listen to signals, elsewhere it is never set."""
@@ -168,8 +128,13 @@ class _Run:
         ranks.on_first(lambda: checkpoint.remove_unfinished(self.output))
         torch.manual_seed(recipe.seed)
         self.task: Task = ranks.together(lambda: self._build_task(found))
+        self.orders = row_order(self.task.model)
+        self.pipeline = self._pipeline()
         trained = {name: p for name, p in self.task.model.named_parameters() if p.requires_grad}
         self.parameters = list(trained.values())
+        self.num_parameters = sum(p.numel() for p in self.parameters)
+        if self.pipeline is not None:
+            self.num_parameters = int(self.pipeline.sum(self.num_parameters))
         options = recipe.optimizer
         hyperparameters: dict[str, Any] = {
             "lr": options.lr,
@@ -209,6 +174,11 @@ class _Run:
             return build_task(self.recipe, self.device, found, build_unfilled)
         return build_task(self.recipe, self.device, found and found / "model")
 
+    def _pipeline(self) -> Pipeline | None:
+        if self.layout is None or self.layout.size("pipeline") == 1:
+            return None
+        return Pipeline(self.task.model, self.layout, self.recipe.parallel or Parallel(), self.device)
+
     # Checkpoints
 
     def _load(self, folder: Path) -> None:
@@ -221,7 +191,15 @@ class _Run:
         if isinstance(self.optimizer, ShardedEMAAdamW):
             tensors = self.optimizer.full_state()
             control = self.file_groups and self.file_groups[1]
-            groups = sharded_checkpoint.load(folder, self.task.model, tensors, group=control, verified=True)
+            groups = sharded_checkpoint.load(
+                folder,
+                self.task.model,
+                tensors,
+                orders=self.orders,
+                names=trained_names(self.recipe, self.task.model),
+                group=control,
+                verified=True,
+            )
             self.optimizer.load_full_state(tensors)
             self.optimizer.load_group_options(groups)
         elif is_distributed(folder):
@@ -280,7 +258,7 @@ class _Run:
         averaged, dtype = self.recipe.optimizer.ema_decay is not None, self.task.dtype
         saver.start(
             self.step,
-            sharded_checkpoint.snapshot(self.task.model, self.optimizer.full_state("cpu")),
+            sharded_checkpoint.snapshot(self.task.model, self.optimizer.full_state("cpu"), self.orders),
             self._fill,
             partial(sharded_checkpoint.export, ema=averaged, dtype=dtype) if last else None,
         )
@@ -370,7 +348,10 @@ class _Run:
         micro_steps = [m * self.ranks.data_ranks + self.ranks.data_rank for m in range(options.accumulation)]
         seeds = [step_seed(self.recipe.seed, self.step, micro_step) for micro_step in micro_steps]
         divisor = options.accumulation * self.ranks.data_ranks * self.ranks.sequence_ranks
-        loss, parts = forward_backward(self.task, batches, seeds, divisor, self.layout)
+        if self.pipeline is None:
+            loss, parts = forward_backward(self.task, batches, seeds, divisor, self.layout)
+        else:
+            loss, parts = pipelined.forward_backward(self.task, self.pipeline, batches, seeds, divisor, self.ranks)
         if self.layout is not None:
             sum_over_tensor(self.parameters, self.layout)
             parts = self.ranks.mean({**parts, "loss": loss})
@@ -436,7 +417,11 @@ class _Run:
         logger.warning("step %d is skipped: %s", self.step, reason)
         if self.skipped <= MAX_DUMPS:
             try:
-                self._dump(reason, loss, norm, dict(zip(micro_steps, batches, strict=True)))
+                facts = {"step": self.step, "reason": reason, "loss": str(loss), "grad_norm": str(norm)}
+                folder = self.output / "skipped" / f"{checkpoint.PREFIX}{self.step:08d}"
+                skipped.dump(
+                    folder, self.task, self.ranks, self.orders, facts, dict(zip(micro_steps, batches, strict=True))
+                )
             except OSError as error:
                 logger.error("the skipped step could not be kept: %s", error)
         limit = self.recipe.training.max_skipped_steps
@@ -445,37 +430,6 @@ class _Run:
                 f"{limit} steps in a row were skipped, last at step {self.step}: {reason}; "
                 f"the last checkpoint is intact, the steps lie under {self.output / 'skipped'}"
             )
-
-    def _dump(self, reason: str, loss: float, norm: float, batches: dict[int, dict[str, Any]]) -> None:
-        """Keep what `replay` needs to repeat a skipped step: each replica its batches, the first process the rest."""
-        folder = self.output / "skipped" / f"{checkpoint.PREFIX}{self.step:08d}"
-        replica = f".{self.ranks.data_rank}" if self.ranks.data_ranks > 1 else ""
-        writes = self.ranks.is_first_of_replica
-        others = self.ranks.together(
-            lambda: save_batches(folder, f"batch{replica}.safetensors", batches) if writes else {}
-        )
-        bad = [name for name, p in self.task.model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        everywhere = self.ranks.gather((bad, others))
-        weights = None if self.layout is None else gather(self.task.model.state_dict(), self.layout)
-        rest = {number: other for _, part in everywhere for number, other in part.items()}
-        facts = {
-            "step": self.step,
-            "reason": reason,
-            "loss": str(loss),
-            "grad_norm": str(norm),
-            "not_finite": list(dict.fromkeys(name for names, _ in everywhere for name in names)),
-            "batches": [rest[number] for number in sorted(rest)],
-        }
-
-        def write() -> None:
-            if weights is None:
-                self.task.save(folder / "model")
-            else:
-                self.task.model.save_pretrained(folder / "model", state=weights)
-            config.save(self.recipe, folder / "config.yaml")
-            write_json(folder / "step.json", facts)
-
-        self.ranks.on_first(write)
 
     # Reports
 
@@ -505,7 +459,7 @@ class _Run:
             "loss_first": sum(losses[:tenth]) / tenth if losses else None,
             "loss_last": sum(losses[-tenth:]) / tenth if losses else None,
             "skipped_steps": self.skipped,
-            "parameters": sum(p.numel() for p in self.parameters),
+            "parameters": self.num_parameters,
             "seconds": round(seconds, 3),
             "seconds_per_step": round(seconds / num_steps, 4) if num_steps else None,
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
@@ -517,59 +471,6 @@ class _Run:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
-
-
-def save_batches(folder: Path, name: str, batches: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Write the tensors of batches by number of the micro-step; what else is in them, by the same number."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    others: dict[int, dict[str, Any]] = {}
-    for number, batch in batches.items():
-        kept = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-        tensors |= {f"{number}.{key}": value.contiguous().cpu() for key, value in kept.items()}
-        others[number] = {key: value for key, value in batch.items() if key not in kept}
-    save_file(tensors, folder / name)
-    return others
-
-
-def replay(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
-    """Repeat a skipped step from its dump (``skipped/step_*``): its batch, its weights, its draws.
-
-    Args:
-        recipe: of the run; data and encoders must still be there.
-        folder: the dump.
-
-    Returns:
-        Loss and gradient norm, and the parameters whose gradient is not finite, as text and lists for JSON.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    facts = read_json(folder / "step.json")
-    task = build_task(recipe, devices.resolve(recipe.device), weights=folder / "model")
-    tensors = {key: t for file in folder.glob("batch*.safetensors") for key, t in load_file(file).items()}
-    loss = 0.0
-    for micro_step, rest in enumerate(facts["batches"]):
-        prefix = f"{micro_step}."
-        batch = {**rest, **{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}}
-        generator = torch.Generator().manual_seed(step_seed(recipe.seed, facts["step"], micro_step))
-        value, _ = task.loss(batch, generator)
-        (value / len(facts["batches"])).backward()
-        loss += float(value.detach()) / len(facts["batches"])
-    gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
-    return {
-        "step": facts["step"],
-        "reason": facts["reason"],
-        "loss": str(loss),
-        "grad_norm": str(gradient_norm(list(gradients.values()))),
-        "not_finite": [name for name, grad in gradients.items() if not _finite(grad)],
-    }
-
-
-def _finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(local(t)).all())
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

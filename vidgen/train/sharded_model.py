@@ -13,7 +13,10 @@ from vidgen.checkpoints.distributed import MODEL_FILE, is_distributed
 from vidgen.checkpoints.hf import PretrainedModel, read_config
 from vidgen.io import read_json
 from vidgen.parallel import Parallel
+from vidgen.parallel.context import spread
+from vidgen.parallel.pipeline_stages import keep_steps, own_chunks
 from vidgen.parallel.sharding import fill, shard_model, tensors_of
+from vidgen.parallel.tensor import row_order, tensor_parallel
 
 from .ranks import Ranks
 from .recipe import Recipe, model_class, model_config
@@ -36,11 +39,17 @@ def build_sharded(
         model = model_class(recipe)(found_config(recipe, found))
     templates = {name: t.detach() for name, t in tensors_of(model).items()}
     model.requires_grad_(True)
+    tensor_parallel(model, layout)
+    if layout.size("sequence") > 1:
+        spread(model, layout, parallel.skiparse)
+    if layout.size("pipeline") > 1:
+        keep_steps(model, own_chunks(model, layout, parallel))
     shard_model(
         model,
         layout,
         param_dtype=dtype,
-        reshard_after_forward=parallel.reshard_after_forward,
+        # A pipeline has other micro-batches between the passes of one: its stages are gathered once for all.
+        reshard_after_forward=parallel.reshard_after_forward and layout.size("pipeline") == 1,
         cpu_offload=parallel.cpu_offload,
         forward_methods=[name for name in FORWARD_METHODS if hasattr(model, name)],
     )
@@ -49,7 +58,7 @@ def build_sharded(
         whole = ranks.together(
             lambda: build_model(recipe, torch.device("cpu"), torch.float32, None) if ranks.is_first else None
         )
-        fill(model, None if whole is None else tensors_of(whole), templates, layout)
+        fill(model, None if whole is None else tensors_of(whole), templates, layout, row_order(model))
         torch.manual_seed(recipe.seed)  # the first rank has drawn weights, the others have not
     return model
 
@@ -57,6 +66,13 @@ def build_sharded(
 def build_unfilled(recipe: Recipe, device: torch.device, dtype: torch.dtype, found: Path | None) -> PretrainedModel:
     """The whole model for a checkpoint of many processes, which is still to be read."""
     return model_class(recipe)(found_config(recipe, found)).to(device, dtype).requires_grad_(True)
+
+
+def trained_names(recipe: Recipe, model: PretrainedModel) -> list[str]:
+    """The trained parameters of the whole model in their order; a stage of a pipeline has some of them."""
+    with torch.device("meta"):
+        whole = model_class(recipe)(model.config)
+    return [name for name, _ in whole.named_parameters()]
 
 
 def found_config(recipe: Recipe, found: Path | None) -> Any:

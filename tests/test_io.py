@@ -282,3 +282,17 @@ with io.lock_directory(sys.argv[1]):
 
 def test_parse_json_is_json():
     assert io.parse_json(json.dumps({"a": [1.5, "x"]})) == {"a": [1.5, "x"]}
+
+
+def test_a_manifest_takes_what_the_writers_of_files_say(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    known = {"a": {"size": 1, "sha256": "f" * 64}}
+    io.write_manifest(tmp_path, known)
+    assert io.verify_manifest(tmp_path) == ["a: its SHA-256 is not the one in the manifest"]
+    assert io.verify_manifest(tmp_path, 1, 2) == []  # the second half of the files
+    assert len(io.verify_manifest(tmp_path, 0, 2)) == 1
+    with pytest.raises(OSError, match="1 bytes, the process that wrote it says 2"):
+        io.write_manifest(tmp_path, {"a": {"size": 2, "sha256": "f" * 64}})
+    with pytest.raises(FileNotFoundError, match="not to be seen here"):
+        io.write_manifest(tmp_path, {**known, "c": known["a"]})

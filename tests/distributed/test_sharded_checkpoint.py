@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of several processes, see checkpoint_cases.py."""
 
+import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -161,11 +163,30 @@ def test_shards_that_cannot_be_converted(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class _Evil:
+    """What making a folder looks like in a pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 def test_an_index_may_name_nothing_but_its_own_classes(tmp_path: Path) -> None:
-    for content in (b"cos\nsystem\n(S'exit 9'\ntR.", b"ctorch\nload\n.", b"cbuiltins\neval\n.", b"", b"(dp0\n."):
+    trace = tmp_path / "trace"
+    contents = {
+        pickle.dumps(_Evil(trace)): "mkdir has no place there",
+        b"ctorch\nload\n.": "torch.load has no place there",
+        b"cbuiltins\neval\n.": "builtins.eval has no place there",
+        b"": "",
+        b"(dp0\n.": "",
+    }
+    for content, words in contents.items():
         (tmp_path / "index").write_bytes(content)
-        with pytest.raises(ValueError, match="not an index of torch.distributed.checkpoint"):
+        with pytest.raises(ValueError, match=f"not an index of torch.distributed.checkpoint.*{words}"):
             distributed.read_index(tmp_path / "index")
+    assert not trace.exists()
 
 
 def test_rows_in_another_order() -> None:

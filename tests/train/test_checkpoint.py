@@ -109,3 +109,11 @@ def test_random_generators_continue(tmp_path):
     assert checkpoint.load_state(tmp_path, torch.device("cpu")) == {"step": 4}
     got = random.gauss(0, 1), random.random(), torch.rand(3)
     assert got[:2] == wanted[:2] and torch.equal(got[2], wanted[2])
+
+
+def test_a_run_that_is_started_again_goes_on_from_its_own_checkpoint(tmp_path):
+    assert checkpoint.resume_after(tmp_path, "other/step_00000002", 1) == "other/step_00000002"
+    checkpoint.save_checkpoint(tmp_path, 1, fill("one"), keep=1)
+    for resume in ("none", "other/step_00000002", "auto"):
+        assert checkpoint.resume_after(tmp_path, resume, 0) == resume
+        assert checkpoint.resume_after(tmp_path, resume, 1) == "auto"

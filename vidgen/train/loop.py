@@ -324,6 +324,10 @@ class _Run:
                 self.save(progress)
             if self.saver is not None:
                 self._note_saved(progress, self.saver.wait())
+        except TrainingStopped:  # on all processes together
+            if self.saver is not None:
+                self.saver.wait()  # what is being written was good
+            raise
         finally:
             progress.close()
             if profiler is not None:

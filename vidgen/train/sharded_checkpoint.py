@@ -227,7 +227,8 @@ def write_pieces(folder: Path, pieces: Mapping[str, Pieces], group: dist.Process
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    writer = dcp.FileSystemWriter(folder, overwrite=False)
+    # Nothing is to be copied ahead from a device: that would make this thread open the first one, on every process.
+    writer = dcp.FileSystemWriter(folder, overwrite=False, per_thread_copy_ahead=0)
     try:
         dcp.save(
             dict(pieces),

@@ -25,7 +25,7 @@ import torch
 from vidgen.parallel import Parallel
 from vidgen.parallel.cost import GRADIENT_BYTES, MASTER_BYTES, Shares, exchange_bytes, stages_of
 from vidgen.parallel.facts import ModelFacts, ModelShape
-from vidgen.parallel.plan import Plan, gb, search
+from vidgen.parallel.plan import gb, search
 from vidgen.parallel.timing import Cost, Machine, cost
 from vidgen.train.facts import facts_of
 from vidgen.train.recipe import load_recipe
@@ -97,10 +97,11 @@ def machine_table() -> str:
 # Projections
 
 
-def best(name: str, world: int, samples: int) -> tuple[Plan, Cost]:
-    plan = search(facts(name), world, Machine(), samples=samples)
-    assert plan.best is not None
-    return plan, plan.best
+@cache
+def best(name: str, world: int, samples: int) -> Cost:
+    found = search(facts(name), world, Machine(), samples=samples).best
+    assert found is not None
+    return found
 
 
 def projection(samples: Callable[[int], int]) -> str:
@@ -109,7 +110,7 @@ def projection(samples: Callable[[int], int]) -> str:
     for name in MODELS:
         first = None
         for world in WORLDS:
-            _, c = best(name, world, samples(world))
+            c = best(name, world, samples(world))
             first = first or c.samples_per_s / world
             speed = c.samples_per_s / world / first
             cells = [gb(c.memory_bytes), gb(c.sent_bytes), f"{c.step_s:.2f}", f"{c.samples_per_s:.2f}", f"{speed:.0%}"]
@@ -268,7 +269,7 @@ def measure_step(arguments: argparse.Namespace) -> list[dict[str, str]]:
     for name, changes in {**MODELS, "Skiparse, blocks recomputed": []}.items():
         recomputed = str(name.endswith("recomputed")).lower()
         given = [*changes, *few, "--training.activation_checkpointing", recomputed]
-        recipe = load_recipe(str(RECIPE), [*given, *arguments.overrides])
+        recipe = load_recipe(str(arguments.recipe), [*given, *arguments.overrides])
         some, config = facts_of(recipe), model_config(recipe)
         with torch.device("meta"), WithoutInitializing():
             model: Any = model_class(recipe)(config)
@@ -316,6 +317,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     parser.add_argument("--step", action="store_true", help="measure a step of one device instead")
     parser.add_argument("--device", default="auto", help="cpu, cuda or npu (default: the best that is there)")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="of --step, YAML or JSON")
     parser.add_argument("--repeats", type=int, default=2, help="timed passes of each case; the fastest counts")
     parser.add_argument("--output", type=Path, help="folder for csv and table")
     arguments, arguments_rest = parser.parse_known_args()

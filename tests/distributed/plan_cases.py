@@ -14,7 +14,10 @@ from tiny import make_inputs, make_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vidgen.parallel import Parallel
 from vidgen.parallel.context import spread
+from vidgen.parallel.pipeline import Call, Pipeline
+from vidgen.parallel.pipeline_stages import keep_steps, own_chunks
 from vidgen.parallel.sharding import local, reduce_over_replicas, shard_model
 from vidgen.parallel.tensor import tensor_parallel
 
@@ -127,6 +130,25 @@ def shards(group: dist.ProcessGroup, system: str, cases: dict[str, dict[str, Any
                 reduce_over_replicas(model, last=number == micro - 1)
                 model(**arguments).sum().backward()
         found[name] = traffic.total
+    return found
+
+
+def pipeline(group: dist.ProcessGroup, system: str, cases: dict[str, dict[str, Any]], micro: int) -> dict[str, int]:
+    """For each case the bytes that this rank's stage sends to others in a step."""
+    found = {}
+    for name, case in cases.items():
+        sizes = {key: value for key, value in case.items() if key != "stages"}
+        layout, section = make_layout(4, **sizes), Parallel(**case)
+        assert layout is not None
+        model = build(system)
+        keep_steps(model, own_chunks(model, layout, section))
+        spread(model, layout)
+        calls = [Call((), make_inputs(model, LATENT, batch=1, text=TEXT, masks=False)) for _ in range(micro)]
+        pipe = Pipeline(model, layout, section)
+        pipe.step(calls, lambda number, output: output.sum())  # the first one tells the shapes
+        with Traffic() as traffic:
+            pipe.step(calls, lambda number, output: output.sum())
+        found[name] = traffic.bytes["send"]
     return found
 
 

@@ -23,12 +23,13 @@ from vidgen.parallel.cost import (
     exchange_bytes,
     in_flight,
     memory_of,
+    sent_bytes,
     sharding_bytes,
     stages_of,
 )
 from vidgen.parallel.facts import ModelFacts, ModelShape
 from vidgen.parallel.timing import Group, Machine, cost, machine_with
-from vidgen.train.facts import facts_of, shape_of, transformer_facts
+from vidgen.train.facts import facts_of, require_legal, shape_of, transformer_facts
 from vidgen.train.recipe import load_recipe
 from vidgen.train.tracing import build
 
@@ -137,6 +138,23 @@ def test_bytes_of_shards(pool: Pool, system: str) -> None:
         formula["gather from replicas"] = 0.0  # which is the optimizer's
         counted = sum(reply[name] for reply in replies) / 4
         assert counted == pytest.approx(sum(formula.values()), rel=0.02), name  # shards are padded to one size
+
+
+@pytest.mark.parametrize("system", SYSTEMS[:3])  # tiny CogVideoX has two blocks
+def test_bytes_of_a_pipeline(pool: Pool, system: str) -> None:
+    """Skip connections travel too. Exchanges inside a stage are not sends, but all-to-alls."""
+    blocks = facts_like(system).shape.blocks
+    cases = {"even": {"pipeline": 4}, "virtual": {"pipeline": 2, "ulysses": 2, "stages": [[1, 1], [1, blocks - 3]]}}
+    replies = pool.run("plan_cases.pipeline", 4, system=system, cases=cases, micro=4)
+    for name, case in cases.items():
+        parallel = Parallel(**case, shard=1)
+        facts, sizes = facts_like(system), parallel.sizes(4)
+        formula = [
+            sent_bytes(facts, stage, Shares(facts, parallel), sizes, micro=4)["pipeline"]
+            for stage in stages_of(facts, parallel)
+            for _ in range(parallel.ulysses)
+        ]
+        assert [reply[name] for reply in replies] == pytest.approx(formula), name
 
 
 def test_bytes_of_a_larger_model() -> None:
@@ -369,6 +387,15 @@ def test_verb_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensor" in capsys.readouterr().err
     assert cli.main(["plan", RECIPE, "--world", "3", "--parallel.tensor", "3"]) == 0
     assert "tensor must divide the 4 heads, got 3; nearest: 2 or 4" in capsys.readouterr().out
+
+
+def test_what_the_trainer_calls() -> None:
+    recipe = load_recipe(RECIPE, ["--parallel.tensor", "3", "--parallel.stages", "[1, 1]", "--parallel.pipeline", "2"])
+    with pytest.raises(ValueError, match=r"tensor must divide the 4 heads.*add up to the model's 6 blocks, got 2"):
+        require_legal(recipe, 6)
+    assert require_legal(load_recipe(RECIPE, ["--parallel.ulysses", "4"]), 8) == []
+    assert "leaves 1 ranks" in require_legal(load_recipe(RECIPE, ["--parallel.ulysses", "5"]), 5)[0]
+    assert require_legal(load_recipe(RECIPE), 3) == []
 
 
 def test_vae() -> None:

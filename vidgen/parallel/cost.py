@@ -43,7 +43,7 @@ class Shares:
         return amount.part(self.video, self.text)
 
     def between(self, amount: Amount) -> float:
-        """What one rank has of it where tensor parallelism spreads tokens, channels, or weights in another precision."""
+        """What one rank has of it where tensor parallelism spreads tokens, channels or copies of weights."""
         return amount.part(self.video / self.tensor, self.text / self.tensor, 1 / self.tensor)
 
     def attention(self, step: Step) -> float:
@@ -61,11 +61,15 @@ class Shares:
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of a pipeline stage, alike ones together with their number, and what of the ends it computes."""
+    """Blocks of a pipeline stage, alike ones together with their number, and what of the ends it computes.
+
+    ``streams`` are what it sends to others: what its chunks pass on, and gradients of what they are given.
+    """
 
     blocks: tuple[tuple[Step, int], ...]
     ends: tuple[Step, ...]
     number: int = 0
+    streams: tuple[Amount, ...] = ()
 
     @property
     def all(self) -> Iterable[tuple[Step, int]]:
@@ -75,6 +79,7 @@ class Stage:
 def stages_of(facts: ModelFacts, parallel: Parallel) -> list[Stage]:
     if not facts.blocks:
         return [Stage((), (facts.before,))]
+    streams = [facts.before.stream, *(block.stream for block in facts.blocks)]  # in front of each block, and at the end
     chunks, found = all_chunks(len(facts.blocks), parallel), []
     for number in range(parallel.pipeline):
         counts: dict[int, int] = {}
@@ -82,7 +87,10 @@ def stages_of(facts: ModelFacts, parallel: Parallel) -> list[Stage]:
         for kind in (facts.kinds[i] for chunk in own for i in chunk.blocks):
             counts[kind] = counts.get(kind, 0) + 1
         ends = [facts.before] * own[0].first + [facts.after] * own[-1].last
-        found.append(Stage(tuple((facts.blocks[kind], n) for kind, n in counts.items()), tuple(ends), number))
+        given = [streams[chunk.blocks.start] for chunk in own if not chunk.first]
+        passed = [streams[chunk.blocks.stop] for chunk in own if not chunk.last]
+        blocks = tuple((facts.blocks[kind], n) for kind, n in counts.items())
+        found.append(Stage(blocks, tuple(ends), number, (*given, *passed)))
     return found
 
 
@@ -149,9 +157,8 @@ def sharding_bytes(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes
     """Of one step of the optimizer: parameters gathered and gradients summed, of a stage.
 
     Each micro-step gathers a block's parameters for its forward and, unless they stay, again for its backward pass, and
-    adds up its gradients over the shards; over the replicas that happens once. Stages of a pipeline keep parameters
-    from a backward to the next forward pass, and add up gradients at the end. Parameters that the replicas stepped by
-    parts are gathered from them.
+    adds up its gradients over the shards; over the replicas that happens once. Stages of a pipeline do both once a
+    step. Parameters that the replicas stepped by parts are gathered from them.
     """
     parallel, tensor = shares.parallel, shares.tensor
     shards, replicas = sizes["shard"] * shares.context, sizes["replicate"]
@@ -159,8 +166,8 @@ def sharding_bytes(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes
     blocks = sum(count * step.local(step.parameters, tensor) for step, count in stage.blocks)
     ends = sum(step.local(step.parameters, tensor) for step in stage.ends)
     trainable = sum(count * step.local(step.trainable, tensor) for step, count in stage.all)
-    piped, reshard = parallel.pipeline > 1, parallel.reshard_after_forward
-    gathers = (micro + 1 if reshard else 1) if piped else micro * (2 if reshard else 1)
+    piped = parallel.pipeline > 1
+    gathers = 1 if piped else micro * (2 if parallel.reshard_after_forward else 1)
     found = {
         "gather parameters": away * (gathers * blocks + (1 if piped else micro) * ends) * facts.element,
         "sum gradients": (1 if piped else micro) * away * trainable * GRADIENT_BYTES,
@@ -181,13 +188,8 @@ def sent_bytes(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes, mi
         for name, (forward, backward) in exchange_bytes(facts, shares, step).items():
             sent = passes * count * (forward * (2 if facts.recomputed else 1) + backward)
             found[name] = found.get(name, 0.0) + sent
-    parallel = shares.parallel
-    if parallel.pipeline > 1:
-        virtual, payload = len(parallel.stage_rows) or 1, max(shares.between(block.stream) for block in facts.blocks)
-        inside = (stage.number > 0) + (
-            stage.number < parallel.pipeline - 1
-        )  # backward to one side, forward to the other
-        found["pipeline"] = passes * payload * (inside if virtual == 1 else 2 * virtual)
+    if shares.parallel.pipeline > 1:
+        found["pipeline"] = passes * sum(shares.between(stream) for stream in stage.streams)
     return found
 
 

@@ -130,6 +130,11 @@ class ModelFacts:
         return sum(step.linear.whole + step.attention for step in steps)
 
     @cached_property
+    def stream(self) -> Amount:
+        """What the block that passes on most passes on."""
+        return max((block.stream for block in self.blocks), key=lambda stream: stream.whole, default=Amount())
+
+    @cached_property
     def kinds(self) -> tuple[int, ...]:
         """For each block the first that is like it."""
         first: dict[Step, int] = {}

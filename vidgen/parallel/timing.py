@@ -174,22 +174,31 @@ def block_seconds(
 def stage_seconds(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes, machine: Machine) -> dict[str, float]:
     """Of one micro-step of a stage. Parameters are gathered and gradients summed while blocks compute."""
     parallel = shares.parallel
-    groups, found = Groups.of(parallel, sizes, machine.node), {"compute": 0.0}
+    groups, found = Groups.of(parallel, sizes, machine.node), {"compute": 0.0, "shards": 0.0}
     for step, count in stage.all:
         forward, backward, shown = block_seconds(facts, step, shares, groups, machine)
         found["compute"] += count * (forward + backward)
         for name, seconds in shown.items():
             found[name] = found.get(name, 0.0) + count * seconds
-        local, trainable = step.local(step.parameters, shares.tensor), step.local(step.trainable, shares.tensor)
-        away = (groups.fsdp.size - 1) / groups.fsdp.size
-        gather = groups.fsdp.collective(away * local * facts.element, machine)
-        reduce = groups.fsdp.collective(away * trainable * GRADIENT_BYTES, machine)
-        again = gather if parallel.reshard_after_forward else 0.0
-        late = max(0.0, gather - forward - sum(shown.values()) / 2) + max(
-            0.0, again + reduce - backward - sum(shown.values()) / 2
-        )
-        found["shards"] = found.get("shards", 0.0) + count * late
+        if parallel.pipeline > 1:  # once a step, see `step_seconds`
+            continue
+        gather, reduce = shard_seconds(facts, step, shares, groups, machine)
+        again, busy = gather if parallel.reshard_after_forward else 0.0, sum(shown.values()) / 2
+        late = max(0.0, gather - forward - busy) + max(0.0, again + reduce - backward - busy)
+        found["shards"] += count * late
     return found
+
+
+def shard_seconds(
+    facts: ModelFacts, step: Step, shares: Shares, groups: Groups, machine: Machine
+) -> tuple[float, float]:
+    """Of gathering a block's parameters, and of adding up its gradients over the shards."""
+    away = (groups.fsdp.size - 1) / groups.fsdp.size
+    parameters, trainable = (step.local(n, shares.tensor) for n in (step.parameters, step.trainable))
+    return (
+        groups.fsdp.collective(away * parameters * facts.element, machine),
+        groups.fsdp.collective(away * trainable * GRADIENT_BYTES, machine),
+    )
 
 
 def step_seconds(
@@ -205,7 +214,11 @@ def step_seconds(
     if parallel.pipeline > 1:
         virtual = len(parallel.stage_rows) or 1
         found["bubble"] = (parallel.pipeline - 1) / virtual * sum(each.values())
-        payload = facts.batch * max(shares.between(block.stream) for block in facts.blocks)
+        found["shards"] = max(
+            sum(count * sum(shard_seconds(facts, step, shares, groups, machine)) for step, count in stage.all)
+            for stage in stages
+        )
+        payload = facts.batch * shares.between(facts.stream)
         found["pipeline"] = 2 * (micro + parallel.pipeline - 1) * virtual * groups.pipeline.hop(payload, machine)
     once = max((sharding_bytes(facts, stage, shares, sizes, micro) for stage in stages), key=lambda b: sum(b.values()))
     replicas = [once[name] for name in ("sum over replicas", "gather from replicas")]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vidgen.parallel import Parallel
 from vidgen.parallel import plan as planning
 from vidgen.parallel.facts import Amount, ModelFacts, ModelShape, Step
 from vidgen.parallel.tensor import cut_layers
@@ -43,6 +44,21 @@ def shape_of(recipe: Recipe) -> ModelShape:
     heads = next(getattr(config, name) for name in ("num_heads", "num_attention_heads") if hasattr(config, name))
     tokens = SYSTEMS[recipe.system].tokens(config, latent_of(recipe))
     return ModelShape(heads, len(model.blocks), tokens, tuple(sorted(ratios)))
+
+
+def require_legal(recipe: Recipe, world: int) -> list[str]:
+    """Check the section ``parallel`` against the model, before anything is loaded. The same on all ranks.
+
+    Returns:
+        What is legal and wasteful.
+
+    Raises:
+        ValueError: everything that is wrong with it, each with the nearest way that works.
+    """
+    shape, parallel, accumulation = shape_of(recipe), recipe.parallel or Parallel(), recipe.training.accumulation
+    if problems := planning.check(shape, parallel, world, accumulation=accumulation):
+        raise ValueError("recipe: " + "; ".join(problems))
+    return planning.warnings(shape, parallel, accumulation=accumulation)
 
 
 def latent_of(recipe: Recipe) -> tuple[int, int, int]:
@@ -146,7 +162,8 @@ def amount(name: str, seen: Seen, less: Seen | None, tokens: int, fewer: int) ->
         return (getattr(seen, what) - getattr(less, what)) / (tokens - fewer) * tokens
 
     video = growing(name)
-    fixed = {"saved": seen.textless - growing("textless"), "gathers": seen.outputs}.get(name, 0.0)
+    no_tokens = {"saved": seen.textless - growing("textless"), "gathers": seen.outputs, "stream": seen.conditions}
+    fixed = no_tokens.get(name, 0.0)
     return Amount(video, total - video - fixed, fixed)
 
 
@@ -166,6 +183,7 @@ def count_parameters(model: Any, index: int) -> dict[str, int]:
 
 
 def step_of(seen: Seen, counts: dict[str, int], place: tuple[int, str], amounts: dict[str, Amount]) -> Step:
+    values: dict[str, Any] = {**counts, **amounts}
     return Step(
         attention=seen.attention,
         text=seen.text,
@@ -173,8 +191,7 @@ def step_of(seen: Seen, counts: dict[str, int], place: tuple[int, str], amounts:
         answers=seen.answers,
         ratio=place[0],
         pattern=place[1],
-        **counts,
-        **amounts,
+        **values,
     )
 
 

@@ -28,6 +28,8 @@ class WithoutInitializing(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in INITIALIZERS:
             return args[0] if args else next(iter(kwargs.values()))
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
         return func(*args, **kwargs)
 
 
@@ -51,6 +53,7 @@ class Seen:
     outside: float = 0.0
     inputs: float = 0.0
     stream: float = 0.0
+    conditions: float = 0.0  # of it, what is no tokens
     gathers: float = 0.0
     outputs: float = 0.0  # of gathers, those that are no tokens
     scatters: float = 0.0
@@ -150,6 +153,11 @@ class Trace:
     @property
     def model_has_blocks(self) -> bool:
         return 0 < len(self.seen) - 1 <= len(getattr(self.model, "blocks", []))
+
+    def note_stream(self, stream: tuple[Tensor, ...]) -> None:
+        tokens = {*self.counts, sum(self.counts)}
+        self.now.stream = sum(size(t) for t in stream)
+        self.now.conditions = sum(size(t) for t in stream if t.dim() < 3 or t.shape[1] not in tokens)
 
     def note_attention(self, q: Tensor, *, text: int = 0, joint: bool = False, answers: bool = True) -> None:
         now = self.now
@@ -258,10 +266,11 @@ def trace_blocks(model: Any, arguments: Mapping[str, Tensor]) -> Trace:
             trace.seen.append(Seen())
             inputs = model.prepare(**arguments)
             stream = model.embed(inputs)
+            trace.note_stream(stream)
             for index in range(len(model.blocks)):
                 trace.seen.append(Seen())
                 stream = model.run_block(index, stream, inputs)
-                trace.now.stream = sum(size(t) for t in stream)
+                trace.note_stream(stream)
             trace.seen.append(Seen())
             model.head(stream, inputs)
     finally:

@@ -51,8 +51,8 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random)
 
-    config, kind = model.config, type(model).__name__
-    if kind == "MMDiT":
+    config, kind = model.config, type(model.config).__name__
+    if kind == "MMDiTConfig":
         grid = (latent[0], latent[1] // config.patch_size, latent[2] // config.patch_size)
         count = grid[0] * grid[1] * grid[2]
         inputs = {
@@ -84,7 +84,7 @@ def make_inputs(
         "timestep": timestep,
         "encoder_hidden_states": normal(batch, text, config.caption_channels),
     }
-    if kind == "SparseUMMDiT":
+    if kind == "SparseUMMDiTConfig":
         inputs["pooled_projections"] = normal(batch, config.pooled_projection_dim)
     if masks:
         inputs["attention_mask"] = torch.ones(batch, *latent)

@@ -111,12 +111,12 @@ def test_sigterm_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     assert len(told(tmp_path)) == 2 and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_run_that_was_told_to_end_is_not_started_again(tmp_path: Path) -> None:
+def test_a_run_that_was_told_to_end_is_not_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     teller = tell_when_told(tmp_path, signal.SIGTERM, 2)
     command = [*program("say(sys.argv[1], 0); time.sleep(600)"), str(tmp_path)]  # killed by the signal
     assert launch.launch(command, 2, max_restarts=3) == 128 + signal.SIGTERM
     teller.join()
-    assert len(told(tmp_path)) == 2
+    assert len(told(tmp_path)) == 2 and "starting all again" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

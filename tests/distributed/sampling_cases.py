@@ -32,6 +32,8 @@ class Seen:
     latents: dict[int, Tensor] = field(default_factory=dict)  # by number of the request
     frames: list[Tensor] = field(default_factory=list)  # float, one tensor for each video that was written here
     predictions: list[int] = field(default_factory=list)  # samples in each call of the transformer
+    tokens: list[int] = field(default_factory=list)  # of the video in each call of the first block
+    decoded_together: int = 0
     weights: list[int] = field(default_factory=list)  # numbers in the parameters of a transformer on this process
     read: list[str] = field(default_factory=list)  # models that were read from their folders
     captions: int = 0
@@ -42,6 +44,7 @@ def watched() -> Iterator[Seen]:
     seen = Seen()
     sample_all, write_frames, to_frames = text_to_video.sample_all, text_to_video.write_frames, text_to_video.to_frames
     load, encode, read = text_to_video.load_transformer, T5TextEncoder.encode, hf.from_pretrained
+    decode = parallel.parallel_decode_stream
 
     def noted_sample(*arguments: Any) -> Any:
         result = sample_all(*arguments)
@@ -62,10 +65,19 @@ def watched() -> Iterator[Seen]:
         if model is not None:
             seen.weights.append(sum(local(p).numel() for p in model.parameters()))
             model.register_forward_pre_hook(noted_call, with_kwargs=True)
+            model.blocks[0].register_forward_pre_hook(noted_tokens, with_kwargs=True)
         return transformer
 
     def noted_call(module: Any, arguments: Any, named: Any) -> None:
         seen.predictions.append(len(arguments[0] if arguments else named["img"]))
+
+    def noted_tokens(block: Any, arguments: Any, named: Any) -> None:
+        streams = [t for t in (*arguments, *named.values()) if isinstance(t, Tensor) and t.dim() == 3]
+        seen.tokens.append(streams[0].shape[1])
+
+    def noted_decode(*arguments: Any, **options: Any) -> Any:
+        seen.decoded_together += 1
+        return decode(*arguments, **options)
 
     def noted_encode(encoder: Any, captions: Any) -> Any:
         seen.captions += len(captions)
@@ -82,6 +94,7 @@ def watched() -> Iterator[Seen]:
         mock.patch.object(text_to_video, "load_transformer", noted_load),
         mock.patch.object(T5TextEncoder, "encode", noted_encode),
         mock.patch.object(hf, "from_pretrained", noted_read),
+        mock.patch.object(parallel, "parallel_decode_stream", noted_decode),
     ):
         yield seen
 
@@ -118,6 +131,9 @@ def compare(
                 "weights": [each.weights for each in everyone],
                 "all weights": one.weights[0],
                 "predictions": [each.predictions for each in everyone],
+                "tokens": [max(each.tokens, default=0) for each in everyone],
+                "all tokens": max(one.tokens),
+                "decoded together": [each.decoded_together for each in everyone],
                 "captions": [each.captions for each in everyone],
                 "read": [each.read for each in everyone],
             }

@@ -134,15 +134,19 @@ def test_videos_are_those_of_one_process(
         assert found["latents"] < 1e-5 and found["frames"] < 1e-4, (name, found)
         assert found["same files"] and found["same results"], (name, found)
         assert found["predictions"] == way.predictions, name
+        spread = Spread(**way.spread)
+        ranks = spread.ulysses * spread.ring * spread.tensor
+        assert max(found["tokens"]) <= found["all tokens"] * (1 if ranks == 1 else 0.7), name
+        videos = [0 if spread.video == 1 else len(prompts) * spread.video // 4] * 4
+        assert found["decoded together"] == videos, name
         shares = [weights[0] / found["all weights"] for weights in found["weights"] if weights]
         assert max(shares) <= way.weights, (name, shares)
         readers = [any("VAE" not in name and "KL" not in name for name in read) for read in found["read"]]
         assert readers == (
             [True, False, False, False] if way.weights < 1 else [bool(calls) for calls in way.predictions]
         )
-        of_video = Spread(**way.spread).video
         assert all(
-            bool(count) == (rank % of_video == 0 and bool(way.predictions[rank]))
+            bool(count) == (rank % spread.video == 0 and bool(way.predictions[rank]))
             for rank, count in enumerate(found["captions"])
         )
 

@@ -25,6 +25,7 @@ from vidgen.train.loop import train
 from vidgen.train.metrics import read_metrics
 from vidgen.train.opensora_plan_v1_3 import draw_given
 from vidgen.train.recipe import load_recipe
+from vidgen.train.skipped import save_batches
 from vidgen.train.tasks import DiTTask
 
 WIDTHS = {"t5_channels": 20, "clip_channels": 12}
@@ -293,6 +294,26 @@ def test_captions_matter_unless_they_are_dropped(make, case):
 
     assert loss(1.0, ["a man", "a horse"]) == loss(1.0, ["birds", "a cat"])
     assert loss(0.0, ["a man", "a horse"]) != loss(0.0, ["birds", "a cat"])
+
+
+@pytest.mark.parametrize("case", ["1.3 inpaint", "2.0 conditions", "1.5-5B-I2V", "2B"])
+def test_a_batch_that_is_encoded_ahead_has_the_same_loss(build, tmp_path, case):
+    """Bit for bit, without the encoders, and after it was kept on disk."""
+    task = build(case)
+    task.recipe.text.caption_dropout = 0.5
+    wanted = loss_of(task)
+    batch = draw(task)
+    generator = batch.pop("generator")
+    encoded = task.encode(batch, generator)
+    assert not any(name in encoded for name in ("video", "mean", "std"))
+    vae, encoders = task.vae, task.encoders
+    task.vae = task.encoders = None
+    assert loss_of(task, **encoded, generator=torch.Generator()) == wanted
+    rest = save_batches(tmp_path, "batch.safetensors", {0: encoded})[0]
+    kept = {name.removeprefix("0."): t for name, t in load_file(tmp_path / "batch.safetensors").items()}
+    assert loss_of(task, **rest, **kept, generator=torch.Generator()) == wanted
+    task.vae, task.encoders = vae, encoders
+    assert loss_of(task, generator=torch.Generator().manual_seed(2)) != wanted
 
 
 def test_first_frame_is_what_an_image_model_sees(build):

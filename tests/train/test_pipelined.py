@@ -13,7 +13,7 @@ from vidgen.train import pipelined
 from vidgen.train.ranks import Ranks
 from vidgen.train.tasks import build_task
 
-from .test_systems import CASES, make, texts, vaes  # noqa: F401
+from .test_systems import make, texts, vaes  # noqa: F401
 
 
 class OneStage:
@@ -32,7 +32,7 @@ class OneStage:
         return value
 
 
-@pytest.mark.parametrize("case", [*CASES, "1.5"])
+@pytest.mark.parametrize("case", ["1.3 inpaint", "1.5", "2.0 conditions", "5B", "1.5-5B-I2V"])
 def test_cut_losses(make: Any, make_recipe: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     recipe = make_recipe("dit") if case == "1.5" else make(case)
     task: Any = build_task(recipe, torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_cut_losses(make: Any, make_recipe: Any, case: str, monkeypatch: pytest.
 
     pipeline = OneStage(model)
     loss, parts = pipelined.forward_backward(task, pipeline, batches, seeds, 2, Ranks())  # type: ignore[arg-type]
-    assert loss == pytest.approx(float(sum(wanted)) / 2, rel=1e-6) and parts == {}
+    assert loss == pytest.approx(float(sum(wanted).detach()) / 2, rel=1e-6) and parts == {}
     assert len(encoded) == 2 * once
     assert len(pipeline.calls) == 2 and task.model is model
     for name, p in model.named_parameters():

@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 
 from .layout import Layout, Parallel
 from .pipeline_stages import all_chunks, micro_batch_problems, own_chunks
@@ -167,7 +173,7 @@ class Pipeline:
 
     def _schedule(self, micro_batches: int, shapes: list[Shapes]) -> Any:
         streams = [(), *(tuple(_example(shape, dtype) for shape, dtype in stream) for stream in shapes)]
-        stages = []
+        stages: list[Any] = []
         for chunk in self.own:
             stage = _Stage(
                 _Steps(self.model, chunk.number),
@@ -181,10 +187,11 @@ class Pipeline:
             stage.begin_backward = self._begin_backward
             stages.append(stage)
         options: dict[str, Any] = {"n_microbatches": micro_batches, "loss_fn": self._loss, "scale_grads": False}
-        # Schedule1F1B refuses fewer micro-batches than stages; the interleaved one takes them.
-        if len(stages) > 1 or (self.parallel.schedule == "1f1b" and micro_batches < self.parallel.pipeline):
-            return ScheduleInterleaved1F1B(stages, **options)
-        return (Schedule1F1B if self.parallel.schedule == "1f1b" else ScheduleGPipe)(stages[0], **options)
+        forward_first = self.parallel.schedule == "gpipe"
+        if len(stages) > 1 or micro_batches < self.parallel.pipeline:
+            # With one stage on each rank these are the two below, which refuse fewer micro-batches than stages.
+            return (ScheduleLoopedBFS if forward_first else ScheduleInterleaved1F1B)(stages, **options)
+        return (ScheduleGPipe if forward_first else Schedule1F1B)(stages[0], **options)
 
     # What the schedule calls
 

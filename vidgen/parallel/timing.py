@@ -259,6 +259,15 @@ class Cost:
         return self.samples / self.step_s
 
 
+def different_stages(facts: ModelFacts, parallel: Parallel) -> list[Stage]:
+    """Of stages with the same steps the first, which has most micro-batches under way."""
+    found: dict[tuple[object, ...], Stage] = {}
+    for stage in stages_of(facts, parallel):
+        key = (*((id(step), count) for step, count in stage.all), *stage.streams)
+        found.setdefault(key, stage)
+    return list(found.values())
+
+
 def cost(facts: ModelFacts, parallel: Parallel, world: int, machine: Machine, accumulation: int | None = None) -> Cost:
     """What a legal combination costs. ``accumulation``: micro-steps of a step, by default those of the facts.
 
@@ -266,7 +275,7 @@ def cost(facts: ModelFacts, parallel: Parallel, world: int, machine: Machine, ac
         ValueError: the sizes do not fit the number of processes.
     """
     sizes, micro = parallel.sizes(world), accumulation or facts.accumulation
-    shares, stages = Shares(facts, parallel), stages_of(facts, parallel)
+    shares, stages = Shares(facts, parallel), different_stages(facts, parallel)
     memories = [memory_of(facts, stage, shares, sizes, micro) for stage in stages]
     found = Cost(parallel, sizes, micro, sizes["replicate"] * sizes["shard"] * micro * facts.batch)
     found.memory = max(memories, key=lambda memory: sum(memory.values()))

@@ -193,6 +193,8 @@ def _add_spread(parser: argparse.ArgumentParser) -> None:
     }
     for name, what in sizes.items():
         several.add_argument(f"--{name}", type=int, default=1, metavar="N", help=what)
+    kinds = "how Skiparse layers are shared: heads (default), or groups, which moves less"
+    several.add_argument("--skiparse", default="heads", choices=("heads", "groups"), help=kinds)
     several.add_argument("--shard", action="store_true", help="each process keeps a part of the transformer's weights")
     several.add_argument("--offload", action="store_true", help="with --shard: the parts lie on the host")
 
@@ -288,7 +290,7 @@ def _sample(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name in names}
     values |= _oscillations(options.oscillation)
     settings = SampleSettings(**values)
-    sizes = {name: getattr(options, name) for name in ("ulysses", "ring", "tensor", "shard", "offload")}
+    sizes = {name: getattr(options, name) for name in ("ulysses", "ring", "tensor", "skiparse", "shard", "offload")}
     spread = Spread(**sizes, guidance=options.guidance_parallel)
     if options.nproc is not None:
         launch.check(spread.parallel(options.nproc), options.nproc, 0)

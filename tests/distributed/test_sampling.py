@@ -95,7 +95,7 @@ CASES: dict[str, tuple[str, str, list[tuple[str, bool]], dict[str, Way]]] = {
         [("a cat", False), ("a dog", False)],
         {
             "tensor x guidance": Way({"tensor": 2, "guidance": 2}, [[1, 1, 1, 1]] * 4, 0.8),
-            "ulysses, sharded": Way({"ulysses": 2, "shard": True}, [[2, 2]] * 4, 0.3),
+            "groups, sharded": Way({"ulysses": 2, "skiparse": "groups", "shard": True}, [[2, 2]] * 4, 0.3),
         },
     ),
     "2.0": (
@@ -165,13 +165,17 @@ def test_an_error_of_one_ends_all(pool: Pool, folder_of: Callable[..., str], tmp
 def test_refusals(pool: Pool, folder_of: Callable[..., str], tmp_path: Path) -> None:
     """With the reason and what fits, before any weight is read."""
     arguments = {"model": folder_of("opensora_plan_v1_5", "tiny"), "folder": str(tmp_path)}
-    said = pool.run(
-        "sampling_cases.refused", 4, settings={**SMALL, "guidance": 1.0}, spread={"guidance": 2}, **arguments
-    )
-    assert (
-        said
-        == ["sample: guidance-parallel must be at most 1, as a step of these videos needs one prediction, got 2"] * 4
-    )
+    for changes, sizes, words in (
+        (
+            {"guidance": 1.0},
+            {"guidance": 2},
+            "guidance-parallel must be at most 1, as a step of these videos needs one",
+        ),
+        ({}, {"tensor": 4}, "tensor must divide the 2 heads of SparseUMMDiT, got 4; nearest: 2"),
+        ({}, {"ring": 2, "skiparse": "groups"}, "skiparse='groups' cannot go with ring=2; use ulysses"),
+    ):
+        said = pool.run("sampling_cases.refused", 4, settings={**SMALL, **changes}, spread=sizes, **arguments)
+        assert all(text.startswith("sample: ") and words in text for text in said), said
     for sizes, words in (
         ({"ulysses": 3}, "sample: ulysses 3 needs a multiple of 3 processes, got 4; nearest: 3"),
         ({"ring": 0}, "sample: ring must be positive, got 0"),

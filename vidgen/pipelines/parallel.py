@@ -25,7 +25,7 @@ from vidgen.ops.context_parallel.exchange import gather
 from vidgen.parallel import Parallel, context
 from vidgen.parallel.layout import flat
 from vidgen.parallel.sharding import fill, shard_model, tensors_of
-from vidgen.parallel.tensor import reordered, row_order, tensor_parallel
+from vidgen.parallel.tensor import reordered, row_order, tensor_parallel, tensor_problems
 from vidgen.parallel.vae import parallel_decode_stream
 from vidgen.train.ranks import Ranks, join, tried, world_size
 
@@ -38,6 +38,7 @@ class Spread:
 
     Attributes:
         ulysses, ring, tensor: as in `vidgen.parallel.Parallel`: processes that share the tokens of a video.
+        skiparse: as in `vidgen.parallel.Parallel`.
         guidance: processes that share the predictions which guidance needs at once: with and without the prompt.
         shard: each process keeps a part of the transformer's weights, and gathers a block when it computes it.
         offload: the parts lie on the host.
@@ -46,6 +47,7 @@ class Spread:
     ulysses: int = 1
     ring: int = 1
     tensor: int = 1
+    skiparse: context.Skiparse = "heads"
     guidance: int = 1
     shard: bool = False
     offload: bool = False
@@ -85,6 +87,7 @@ class Spread:
             ulysses=self.ulysses,
             ring=self.ring,
             tensor=self.tensor,
+            skiparse=self.skiparse,
         )
 
 
@@ -173,7 +176,7 @@ def load_transformer(system: Any, job: Job, crew: Crew, kinds: Sequence[str]) ->
         )
     if transformer is None:
         return None
-    context.spread(transformer, layout)
+    context.spread(transformer, layout, spread.skiparse)
     return Transformer(
         transformer,
         crew,
@@ -192,15 +195,34 @@ def guidance_problems(system: Any, job: Job, crew: Crew, kinds: Sequence[str]) -
     return [f"guidance-parallel must be at most {least}, as a step of these videos needs {what}, got {wanted}"]
 
 
+def problems(system: Any, job: Job, crew: Crew, kinds: Sequence[str]) -> list[str]:
+    """Why videos of these kinds cannot be shared as the crew wants, in words; empty if they can."""
+    found, layout = guidance_problems(system, job, crew, kinds), crew.everyone.layout
+    if layout is None:
+        return found
+    model = unfilled(system, job)
+    found += tensor_problems(model, crew.spread.tensor)
+    try:
+        context.spread(model, layout, crew.spread.skiparse)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def unfilled(system: Any, job: Job) -> nn.Module:
+    """The transformer on the meta device."""
+    cls = system.transformer_class(job.parts)
+    with torch.device("meta"):
+        model: nn.Module = cls(read_config(cls, job.parts.transformer))
+    return model.to(job.dtype).requires_grad_(False).eval()
+
+
 def load_parts(system: Any, job: Job, crew: Crew) -> nn.Module:
     """This process's part of the transformer's weights. Only the first process reads them, into its host's memory, and
     sends them tensor by tensor."""
     layout, ranks = crew.everyone.layout, crew.everyone
     assert layout is not None
-    cls = system.transformer_class(job.parts)
-    with torch.device("meta"):
-        model: nn.Module = cls(read_config(cls, job.parts.transformer))
-    model.to(job.dtype).requires_grad_(False).eval()
+    model = unfilled(system, job)
     templates = {name: t.detach() for name, t in tensors_of(model).items()}
     tensor_parallel(model, layout)
     if crew.spread.shard:

@@ -35,7 +35,8 @@ from vidgen.models.text import PromptRefiner
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
 from .folders import find_parts, needed
-from .parallel import Crew, Spread, crew_of, guidance_problems, in_lockstep, load_transformer
+from .parallel import Crew, Spread, crew_of, in_lockstep, load_transformer
+from .parallel import problems as spread_problems
 from .prompts import read_prompts
 from .settings import COMMON, Job, Request, SampleSettings, fill_in, plain
 
@@ -181,7 +182,7 @@ def plan(
     missing = [str(path) for request in requests for path in request.references if not path.is_file()]
     problems = [f"there is no file {path}" for path in missing] or system.problems(job, requests)
     if crew is not None and not problems:
-        problems = guidance_problems(system, job, crew, [system.kind(job, request) for request in requests])
+        problems = spread_problems(system, job, crew, [system.kind(job, request) for request in requests])
     if problems:
         raise ValueError("sample: " + "; ".join(problems))
     return job

@@ -25,7 +25,7 @@ from vidgen.ops.context_parallel.exchange import gather
 from vidgen.parallel import Parallel, context
 from vidgen.parallel.layout import flat
 from vidgen.parallel.sharding import fill, shard_model, tensors_of
-from vidgen.parallel.tensor import reordered, row_order, tensor_parallel, tensor_problems
+from vidgen.parallel.tensor import row_order, tensor_parallel, tensor_problems
 from vidgen.parallel.vae import parallel_decode_stream
 from vidgen.train.ranks import Ranks, join, tried, world_size
 
@@ -228,10 +228,9 @@ def load_parts(system: Any, job: Job, crew: Crew) -> nn.Module:
     if crew.spread.shard:
         shard_model(model, layout, param_dtype=job.dtype, cpu_offload=crew.spread.offload)
     model.to_empty(device="cpu" if crew.spread.offload else job.device)
-    host, orders = torch.device("cpu"), row_order(model)
+    host = torch.device("cpu")
     whole = ranks.together(lambda: system.load_transformer(job.parts, job.dtype, host) if ranks.is_first else None)
-    tensors = whole and {name: reordered(t, orders.get(name)) for name, t in tensors_of(whole).items()}
-    fill(model, tensors, templates, layout)
+    fill(model, None if whole is None else tensors_of(whole), templates, layout, row_order(model))
     return model
 
 

@@ -6,6 +6,8 @@ alone, from r on, and all of them exchange what came out (encoder data paralleli
 n micro-batches at once, and VAE and text encoders lie on the host while the n * M micro-steps run (interleaved
 offload).
 
+Videos do not travel: who reads one also makes the conditions that the system shows its transformer of it.
+
 Draws of a micro-step come from its own generator, whose state travels with the batch, so that every loss is what it
 would be if each process encoded everything. Nothing of this is saved: a resumed run encodes again from the number of
 its step.

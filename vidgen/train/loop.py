@@ -31,7 +31,7 @@ from vidgen.parallel.sharding import local, sum_over_tensor
 from vidgen.parallel.tensor import row_order
 from vidgen.parallel.watchdog import Watchdog
 
-from . import checkpoint, pipelined, sharded_checkpoint, skipped
+from . import checkpoint, lora, pipelined, sharded_checkpoint, skipped
 from .encoding import micro_batches
 from .errors import TrainingStopped
 from .gradient_clipping import AdaptiveGradientClipping, gradient_norm, norm_over
@@ -41,7 +41,7 @@ from .profile import StepProfiler
 from .ranks import Ranks, join, tried
 from .recipe import Recipe
 from .sharded_checkpoint import Outcome, Saver
-from .sharded_model import build_sharded, build_unfilled, trained_names
+from .sharded_model import build_sharded, build_unfilled, saved_part, trained_names
 from .sharded_optimizer import ShardedEMAAdamW
 from .steps import forward_backward, learning_rate, step_seed
 from .tasks import Task, build_task
@@ -53,6 +53,7 @@ FIXED = (
     "task",
     "model.",
     "training.precision",
+    "lora",
 )  # parts of a recipe that a checkpoint cannot be resumed without
 END_FACTOR = 10.0  # the first process writes whole model folders, which takes longer than a step
 MAX_DUMPS = 3  # of skipped steps; each holds the batch and the weights
@@ -193,7 +194,7 @@ class _Run:
             control = self.file_groups and self.file_groups[1]
             groups = sharded_checkpoint.load(
                 folder,
-                self.task.model,
+                saved_part(self.recipe, self.task.model),
                 tensors,
                 orders=self.orders,
                 names=trained_names(self.recipe, self.task.model),
@@ -203,7 +204,8 @@ class _Run:
             self.optimizer.load_full_state(tensors)
             self.optimizer.load_group_options(groups)
         elif is_distributed(folder):
-            sharded_checkpoint.load_one_process(folder, self.task.model, self.optimizer, verified=True)
+            saved = saved_part(self.recipe, self.task.model)
+            sharded_checkpoint.load_one_process(folder, saved, self.optimizer, verified=True)
         else:
             checkpoint.load_optimizer(self.optimizer, folder)
         state = checkpoint.load_state(folder, self.device)
@@ -255,12 +257,16 @@ class _Run:
             self.watchdog.phase(f"saving step {self.step}", END_FACTOR)
         self._note_saved(progress, saver.wait())
         last = self.step >= self.recipe.training.steps
-        averaged, dtype = self.recipe.optimizer.ema_decay is not None, self.task.dtype
+        averaged, recipe = self.recipe.optimizer.ema_decay is not None, self.recipe
+        export = partial(sharded_checkpoint.export, ema=averaged, dtype=self.task.dtype)
+        if recipe.lora is not None:
+            export = partial(lora.export, ema=averaged, lora=recipe.lora, base=recipe.model.get("pretrained"))
+        saved = saved_part(recipe, self.task.model)
         saver.start(
             self.step,
-            sharded_checkpoint.snapshot(self.task.model, self.optimizer.full_state("cpu"), self.orders),
+            sharded_checkpoint.snapshot(saved, self.optimizer.full_state("cpu"), self.orders),
             self._fill,
-            partial(sharded_checkpoint.export, ema=averaged, dtype=dtype) if last else None,
+            export if last else None,
         )
 
     def _note_saved(self, progress: Progress, outcome: Outcome | None) -> None:

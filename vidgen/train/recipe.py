@@ -17,6 +17,7 @@ from vidgen.parallel import Parallel
 from vidgen.pipelines.folders import NEEDED, weights_folder
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
+from .lora import Lora
 from .vae_loss import VAELossConfig
 
 # A system is a module with the same names in each; see that of Open-Sora Plan 1.5.
@@ -158,6 +159,7 @@ class Recipe:
     loss: dict[str, Any] = field(default_factory=dict)  # weights of the VAE's loss
     optimizer: Optimizer = field(default_factory=Optimizer)
     clipping: Clipping = field(default_factory=Clipping)
+    lora: Lora | None = None  # None: all weights are trained
     parallel: Parallel | None = None  # None: one process, or shards over all that torchrun has started
     seed: int = 0
     device: str = "auto"
@@ -173,6 +175,9 @@ class Recipe:
             problems += [f"{name}: missing; training a dit needs it" for name in names]
         elif self.encoders != Encoders():
             problems.append("encoders: only the training of a dit has encoders")
+        if self.lora is not None:
+            problems += self.lora.parallel_problems(self.parallel)
+            problems += [] if self.task == "dit" else ["lora: only a dit is trained by adapters"]
         if self.seed < 0:
             problems.append(f"seed: must not be negative, got {self.seed}")
         for build in (model_config, vae_loss_config, diffusion_options):

@@ -18,6 +18,7 @@ from vidgen.parallel.pipeline_stages import keep_steps, own_chunks
 from vidgen.parallel.sharding import fill, shard_model, tensors_of
 from vidgen.parallel.tensor import row_order, tensor_parallel
 
+from . import lora
 from .ranks import Ranks
 from .recipe import Recipe, model_class, model_config
 from .tasks import build_model
@@ -39,6 +40,9 @@ def build_sharded(
         model = model_class(recipe)(found_config(recipe, found))
     templates = {name: t.detach() for name, t in tensors_of(model).items()}
     model.requires_grad_(True)
+    if recipe.lora is not None:
+        lora.add_adapters(model, recipe.lora)
+        templates = {name: t.detach() for name, t in tensors_of(model).items()}
     tensor_parallel(model, layout)
     if layout.size("sequence") > 1:
         spread(model, layout, parallel.skiparse)
@@ -54,7 +58,7 @@ def build_sharded(
         forward_methods=[name for name in FORWARD_METHODS if hasattr(model, name)],
     )
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
-    if found is None:
+    if found is None or recipe.lora is not None:  # a checkpoint has adapters alone
         whole = ranks.together(
             lambda: build_model(recipe, torch.device("cpu"), torch.float32, None) if ranks.is_first else None
         )
@@ -65,11 +69,20 @@ def build_sharded(
 
 def build_unfilled(recipe: Recipe, device: torch.device, dtype: torch.dtype, found: Path | None) -> PretrainedModel:
     """The whole model for a checkpoint of many processes, which is still to be read."""
+    if recipe.lora is not None:
+        return build_model(recipe, device, dtype, None)
     return model_class(recipe)(found_config(recipe, found)).to(device, dtype).requires_grad_(True)
+
+
+def saved_part(recipe: Recipe, model: Any) -> Any:
+    """What of a model stands in checkpoints: all of it, or its adapters."""
+    return model if recipe.lora is None else lora.Adapters(model)
 
 
 def trained_names(recipe: Recipe, model: PretrainedModel) -> list[str]:
     """The trained parameters of the whole model in their order; a stage of a pipeline has some of them."""
+    if recipe.lora is not None:
+        return [name for name, _ in lora.Adapters(model).named_parameters()]
     with torch.device("meta"):
         whole = model_class(recipe)(model.config)
     return [name for name, _ in whole.named_parameters()]
@@ -78,7 +91,7 @@ def trained_names(recipe: Recipe, model: PretrainedModel) -> list[str]:
 def found_config(recipe: Recipe, found: Path | None) -> Any:
     """The configuration of the model in a checkpoint of one process or of many; without one, the recipe's."""
     cls = model_class(recipe)
-    if found is None:
+    if found is None or recipe.lora is not None:
         return model_config(recipe)
     if not is_distributed(found):
         return read_config(cls, found / "model")

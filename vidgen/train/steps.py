@@ -48,6 +48,8 @@ def forward_backward(
     """
     loss, parts = 0.0, dict[str, float]()
     for micro_step, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+        if task.recipe.lora is not None:
+            torch.manual_seed(seed)  # dropout draws from the global generator
         value, terms = task.loss(batch, torch.Generator().manual_seed(seed))
         if layout is not None:
             reduce_over_replicas(task.model, last=micro_step + 1 == len(batches))

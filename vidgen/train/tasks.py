@@ -20,6 +20,7 @@ from vidgen.data.dataset import ClipDataset, ShuffledSampler, read_annotations
 from vidgen.models.autoencoders.causal import split_moments
 from vidgen.pipelines.folders import NEEDED, Parts, needed, weights_folder, write_parts
 
+from . import lora
 from .features import FeatureCache, Features, clip_key, folder_fingerprint, stack
 from .recipe import SYSTEMS, Recipe, diffusion_options, model_class, model_config, vae_config, vae_loss_config
 from .vae_loss import vae_loss
@@ -161,7 +162,11 @@ class Task:
     # Saving
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        if self.recipe.lora is None:
+            self.model.save_pretrained(folder)
+        else:
+            adapters = lora.Adapters(self.model).state_dict()
+            lora.save(folder, adapters, self.recipe.lora, self.recipe.model.get("pretrained"))
 
     def save_beside(self, folder: Path) -> None:
         """Write what a checkpoint holds beside the weights."""
@@ -416,14 +421,21 @@ def build_task(
 
 def build_model(recipe: Recipe, device: torch.device, dtype: torch.dtype, weights: Path | None) -> PretrainedModel:
     """The model of a recipe on the device, as a whole: fresh, or from ``weights``, or from ``model.pretrained``."""
-    cls = model_class(recipe)
+    cls, found = model_class(recipe), weights
+    if recipe.lora is not None:
+        weights = None  # they are adapters; what they belong to is the recipe's
     if weights is None and "pretrained" in recipe.model:
         weights = weights_folder(recipe.model["pretrained"])
     if weights is not None:
         model = cls.from_pretrained(weights, dtype=dtype, device=device)
     else:
         model = cls(model_config(recipe)).to(device, dtype)
-    return model.requires_grad_(True)
+    if recipe.lora is None:
+        return model.requires_grad_(True)
+    lora.add_adapters(model, recipe.lora)
+    if found is not None:
+        lora.load(model, found)
+    return model
 
 
 def latent_shape(vae: Any, video: Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ for package in ("av", "yaml", "safetensors", "transformers", "matplotlib"):
 from vidgen import cli  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "sample", "reconstruct", "convert", "env")
+VERBS = ("train", "plan", "sample", "reconstruct", "convert", "env")
 
 
 def vidgen(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -398,6 +398,25 @@ def test_what_the_trainer_calls() -> None:
     assert require_legal(load_recipe(RECIPE), 3) == []
 
 
+def test_adapters() -> None:
+    """Frozen weights have no gradients and no optimizer, and are neither cut nor sent to other stages."""
+    pytest.importorskip("peft")
+    whole = facts_of(load_recipe(RECIPE))
+    options = ["--lora.target_modules", "[to_q, to_v]", "--lora.rank", "4"]
+    facts = facts_of(load_recipe(RECIPE, options))
+    width, blocks = facts.width, facts.shape.blocks
+    adapters = 2 * blocks * 2 * 4 * width  # of two layers of each block, two factors of rank 4
+    assert facts.parameters == whole.parameters + adapters
+    assert sum(step.trainable for step in (facts.before, *facts.blocks, facts.after)) == adapters
+    plan = planning.search(facts, 4, Machine())
+    assert {(c.sizes["tensor"], c.sizes["pipeline"]) for c in plan.costs} == {(1, 1)}
+    alone = cost(facts, Parallel(), 1, Machine()).memory
+    assert alone["gradients"] == 4 * adapters and alone["parameters"] == 4 * facts.parameters
+    assert cost(facts, Parallel(), 1, Machine()).step_s < cost(whole, Parallel(), 1, Machine()).step_s
+    (problem,) = planning.check(facts.shape, Parallel(tensor=2), 2)
+    assert "tensor must be 1 where adapters are trained, got 2; nearest: shard" in problem
+
+
 def test_vae() -> None:
     facts = facts_of(load_recipe(str(ROOT / "configs/opensora_plan_v1_5/wfvae_tiny.yaml")))
     plan = planning.search(facts, 6, Machine())

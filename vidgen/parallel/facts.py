@@ -80,12 +80,14 @@ class Step:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides which combinations are legal. ``heads`` is 0 for a model without tokens, such as a VAE."""
+    """What decides which combinations are legal. ``heads`` is 0 for a model without tokens, such as a VAE;
+    ``adapters``: low-rank ones are trained beside frozen weights."""
 
     heads: int
     blocks: int
     tokens: int
     ratios: tuple[int, ...] = (1,)
+    adapters: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from .timing import Cost, Machine, cost
 USABLE = 0.92  # of a device's memory: the rest goes to the libraries and to fragments
 
 # What the refused combinations of a search are counted under.
-TOKENS, TENSOR, STAGES, GROUPS, IDLE, FEW, BATCH = (
+TOKENS, ADAPTERS, TENSOR, STAGES, GROUPS, IDLE, FEW, BATCH = (
     "a model without tokens",
+    "adapters on layers that are cut or far away",
     "heads that do not divide",
     "stages without blocks",
     "groups that cannot be whole",
@@ -56,6 +57,12 @@ def refusals(shape: ModelShape, parallel: Parallel, accumulation: int | None = N
                 "nearest: shard and replicate alone",
             )
         return
+    for name in ("tensor", "pipeline"):
+        if shape.adapters and getattr(parallel, name) > 1:
+            yield (
+                ADAPTERS,
+                f"parallel.{name} must be 1 where adapters are trained, got {getattr(parallel, name)}; nearest: shard",
+            )
     if shape.heads % parallel.tensor:
         near = nearest_divisors(shape.heads, parallel.tensor)
         yield (

@@ -16,6 +16,7 @@ from vidgen.parallel.tensor import cut_layers
 from vidgen.parallel.timing import Machine
 from vidgen.pipelines.folders import weights_folder
 
+from .lora import add_adapters
 from .recipe import SYSTEMS, Recipe, model_class, model_config, vae_config
 from .tracing import Seen, Trace, build, trace_blocks, trace_whole
 
@@ -43,7 +44,7 @@ def shape_of(recipe: Recipe) -> ModelShape:
     ratios = {ratio for ratio, _ in getattr(model, "places", [])} | {1}
     heads = next(getattr(config, name) for name in ("num_heads", "num_attention_heads") if hasattr(config, name))
     tokens = SYSTEMS[recipe.system].tokens(config, latent_of(recipe))
-    return ModelShape(heads, len(model.blocks), tokens, tuple(sorted(ratios)))
+    return ModelShape(heads, len(model.blocks), tokens, tuple(sorted(ratios)), adapters=recipe.lora is not None)
 
 
 def require_legal(recipe: Recipe, world: int) -> list[str]:
@@ -78,6 +79,9 @@ def facts_of(recipe: Recipe) -> ModelFacts:
     training, config = recipe.training, model_config(recipe)
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     model: Any = build(model_class(recipe), config, dtype)
+    if recipe.lora is not None:
+        add_adapters(model, recipe.lora)
+        model.to(dtype)
     common: dict[str, Any] = {
         "element": dtype.itemsize,
         "batch": training.batch_size,
@@ -109,10 +113,11 @@ def transformer_facts(
         amounts = {name: amount(name, seen, less, *counts) for name in AMOUNTS}
         steps.append(step_of(seen, count_parameters(model, index - 1), place, amounts))
     attending = next(seen for seen in trace.seen if seen.text is not None)
+    adapters = not all(p.requires_grad for p in model.parameters())
     ratios = tuple(sorted({ratio for ratio, _ in places}))
     return ModelFacts(
         name=name,
-        shape=ModelShape(attending.heads, len(model.blocks), counts[0], ratios),
+        shape=ModelShape(attending.heads, len(model.blocks), counts[0], ratios, adapters),
         width=attending.width,
         text=text,
         spread_text=trace.spread_text,

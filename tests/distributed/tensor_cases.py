@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,11 @@ from tiny import make_inputs, make_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vidgen.checkpoints.convert import convert
+from vidgen.checkpoints.lazy import read_torch
 from vidgen.parallel import Layout
 from vidgen.parallel.context import spread
+from vidgen.parallel.rank_files import load_rank_files, save_rank_files
 from vidgen.parallel.sharding import shard_model, sum_over_tensor
 from vidgen.parallel.tensor import row_order, tensor_parallel, usual_order
 
@@ -90,3 +95,39 @@ def share(own: Any, alone: Any) -> float:
         return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
     return count(own) / count(alone)
+
+
+def rank_files(
+    group: dist.ProcessGroup, system: str, members: int, tensor: int, folder: str, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Files of a model in shards: whether they are those of `vidgen convert`, and what comes back from them."""
+    layout = make_layout(members, tensor=tensor)
+    if layout is None:
+        return {}
+    alone, root = make_model(system, **changes), Path(folder)
+    own = shard_model(tensor_parallel(copy.deepcopy(alone), layout), layout)
+    with mock.patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gathers:
+        save_rank_files(own, layout, root / "ours")
+    if dist.get_rank() == 0:
+        alone.save_pretrained(root / "whole")
+        count = tensor if system != "opensora_v2" else 1  # which MindSpeed-MM does not cut
+        convert(root / "whole", root / "wanted", "mindspeed-mm", tp=count)
+    dist.barrier(layout.group("world"))
+    files = [sorted(p.relative_to(root / n) for p in (root / n).rglob("*.*")) for n in ("ours", "wanted")]
+    assert files[0] == files[1], files
+    for name in (f for f in files[0] if f.suffix == ".pt"):
+        ours, wanted = (read_torch(root / n / name)["model"] for n in ("ours", "wanted"))
+        assert ours.keys() == wanted.keys()
+        assert all(torch.equal(ours[key], t) and ours[key].dtype == t.dtype for key, t in wanted.items())
+    returned: dict[str, Any] = {"gathered": gathers.call_count}
+    for called, parts in (("same", layout), ("two", make_layout(2, tensor=2)), ("whole", make_layout(1))):
+        if parts is None:
+            continue
+        other = tensor_parallel(make_model(system, seed=5, **changes), parts)
+        if called == "same":
+            shard_model(other, parts)
+        load_rank_files(other, parts, root / "ours")
+        order, wholes = row_order(other), dict(alone.named_parameters())
+        found = {name: usual_order(whole(p.detach()), order.get(name)) for name, p in other.named_parameters()}
+        returned[called] = all(torch.equal(found[name], p) for name, p in wholes.items())
+    return returned

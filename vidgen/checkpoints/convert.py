@@ -256,6 +256,15 @@ def read_stages(pp: str | None, vpp: str | None) -> megatron.Stages | None:
 # What the source is
 
 
+def entry_of(model: object) -> Model:
+    """The entry of a model's class. Raises ValueError."""
+    name = type(model).__name__
+    found = next((entry for entry in MODELS.values() if entry.layouts and name in entry.classes), None)
+    if found is None:
+        raise ValueError(f"no training system has a {name}")
+    return found
+
+
 def recognise(names: Sequence[str], model: str | None = None) -> tuple[str, str]:
     """The model that has tensors of these names, and whose naming they follow ("ours", or a layout's).
 
@@ -311,11 +320,14 @@ def _in_ours(known: State, model: Model, naming: str, network: PretrainedModel |
         layout.check(known, "theirs", "the source")
         state = layout.to_ours(known)
         layout.check(state, "ours", "the source, renamed,")
-    return state if network is None else _fitted(state, network)
+    return state if network is None else fitted(state, network)
 
 
-def _fitted(state: State, network: PretrainedModel) -> State:
-    """``state`` in the shapes that the model has, its names compared with the model's. Raises ValueError."""
+def fitted(state: State, network: PretrainedModel) -> State:
+    """``state``, in our names, in the shapes that the model has, its names compared with the model's.
+
+    Raises ValueError.
+    """
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     fitting = network.fit_state_dict(shapes)
     own = network.state_dict()
@@ -501,7 +513,7 @@ def _plan_vae(
     if network is None:
         raise ValueError(f"a {name} is checked with its configuration, which is not here: give {CONFIG} with --config")
     found = type(network).convert_state_dict(known)
-    state = _fitted({key: t if isinstance(t, Lazy) else lazy(t) for key, t in found.items()}, network)
+    state = fitted({key: t if isinstance(t, Lazy) else lazy(t) for key, t in found.items()}, network)
     state = {key: t for key, t in state.items() if key in network.state_dict()}
     if wanted.to == "hf":
         return state, _hf_files(state, name, values, network, wanted.max_shard_bytes)

@@ -444,11 +444,7 @@ def split(
     stages = ((num_blocks,),) if stages is None else stages
     check_stages(stages, num_blocks, layout)
     num_chunks, num_stages = len(stages), len(stages[0])
-    uneven = [problem for name, t in state.items() if (problem := _uneven(name, t, layout, num_ranks))]
-    if uneven:
-        words = "\n".join(paragraph("that cannot be cut", uneven[:SHOWN], len(uneven)))
-        raise ValueError(f"{layout.model}: tensors must divide into {num_ranks} ranks\n{words}")
-
+    check_cuts(state, layout, num_ranks)
     flat = [n for row in stages for n in row]
     starts = [0, *accumulate(flat)]
     whole = num_chunks * num_stages == 1
@@ -460,7 +456,7 @@ def split(
                 index = v * num_stages + stage
                 key = "model" if num_chunks == 1 else f"model{v}"
                 content[key] = {
-                    local: _part(t, layout.split_of(name), num_ranks, rank)
+                    local: part_of(t, layout.split_of(name), num_ranks, rank)
                     for name, t in state.items()
                     if (local := name if whole else _local(name, layout, starts, index)) is not None
                 }
@@ -480,6 +476,14 @@ def _local(name: str, layout: Layout, starts: Sequence[int], index: int) -> str 
     return name if index == (last if layout.on_last_stage(name) else 0) else None
 
 
+def check_cuts(state: Mapping[str, Lazy], layout: Layout, num_ranks: int) -> None:
+    """Raise ValueError unless every tensor, in the names of ``layout``, divides into so many ranks."""
+    uneven = [problem for name, t in state.items() if (problem := _uneven(name, t, layout, num_ranks))]
+    if uneven:
+        words = "\n".join(paragraph("that cannot be cut", uneven[:SHOWN], len(uneven)))
+        raise ValueError(f"{layout.model}: tensors must divide into {num_ranks} ranks\n{words}")
+
+
 def _uneven(name: str, tensor: Lazy, layout: Layout, num_ranks: int) -> str | None:
     kind = layout.split_of(name)
     if kind == "replicated" or num_ranks == 1:
@@ -490,7 +494,8 @@ def _uneven(name: str, tensor: Lazy, layout: Layout, num_ranks: int) -> str | No
     return None
 
 
-def _part(tensor: Lazy, kind: Split, num_ranks: int, rank: int) -> Lazy:
+def part_of(tensor: Lazy, kind: Split, num_ranks: int, rank: int) -> Lazy:
+    """What one tensor-parallel rank has of a tensor."""
     if kind == "replicated" or num_ranks == 1:
         return tensor
     if kind == "qkv":

@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 
+from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config, wfvae_config
+from vidgen.models.autoencoders.cogvideox_vae import AutoencoderKLCogVideoX
+from vidgen.models.autoencoders.hunyuan_vae import HunyuanVAE
+from vidgen.models.autoencoders.wfvae import WFVAE
+from vidgen.parallel.vae import frame_shares
+
 from .pool import Pool
 
 IN_FLOAT32, IN_FLOAT64 = 1e-5, 1e-11  # of the largest value; in float32 one process alone is 5e-6 from the truth
@@ -73,6 +79,17 @@ def test_variants_of_the_wfvae(pool: Pool, kind: str, changes: dict[str, str]) -
     check(pool.run("vae_cases.errors", 3, **case, **wide, **changes), IN_FLOAT64)
 
 
+def test_shares_of_frames() -> None:
+    """The first ranks have one latent frame more; the first frame of a video is a latent frame of its own."""
+    wfvae, hunyuan = WFVAE(wfvae_config.preset("tiny")), HunyuanVAE(hunyuan_vae_config.preset("tiny"))
+    cogvideox = AutoencoderKLCogVideoX(cogvideox_vae_config.preset("tiny"))
+    assert frame_shares(wfvae, 2, frames=17) == [((0, 2), (0, 9)), ((2, 3), (9, 17))]
+    assert frame_shares(wfvae, 3, latents=2) == [((0, 1), (0, 1)), ((1, 2), (1, 9)), ((2, 2), (9, 9))]
+    assert frame_shares(hunyuan, 2, frames=7) == [((0, 1), (0, 1)), ((1, 2), (1, 7))]
+    # batches of 2 and 2, neither of which begins with a still
+    assert frame_shares(cogvideox, 3, latents=4) == [((0, 2), (0, 8)), ((2, 3), (8, 12)), ((3, 4), (12, 16))]
+
+
 def test_any_group(pool: Pool) -> None:
     case = {"system": "hunyuan", "kind": "decode", "counts": [5], "double": True}
     check(pool.run("vae_cases.errors_of_some", 4, members=(1, 3), **case), IN_FLOAT64)
@@ -120,6 +137,22 @@ def test_tiles(pool: Pool, system: str, kind: str, options: dict[str, Any], chan
 
 
 @pytest.mark.parametrize(
+    ("system", "size", "options", "changes", "decoded"),
+    [
+        ("wfvae", (2, 6), TILED, {}, [2, 2, 1]),  # one row of five
+        ("hunyuan", (1, 1), {}, IN_TIME, [1, 1, 0]),  # of five latent frames and of three
+        ("hunyuan", (3, 6), {}, IN_SPACE | IN_TIME, [2, 2, 0]),  # each of them again two, beside each other
+    ],
+    ids=["wfvae", "hunyuan_time", "hunyuan_both"],
+)
+def test_tiles_are_dealt(
+    pool: Pool, system: str, size: tuple[int, int], options: dict[str, Any], changes: dict[str, Any], decoded: list[int]
+) -> None:
+    case = {"system": system, "frames": 6, "size": size, "options": options}
+    assert pool.run("vae_cases.tiles_decoded", 3, **case, **changes) == decoded
+
+
+@pytest.mark.parametrize(
     ("system", "kind", "frames", "options"),
     [
         ("wfvae", "encode", 65, {}),
@@ -159,7 +192,8 @@ def test_refusals_reach_every_rank(pool: Pool) -> None:
     assert "must be called under torch.no_grad()" in said["gradient"]
     assert "split must be one of ('frames', 'tiles'), got 'both'" in said["split"]
     assert "chunks" in said["unknown option"]
-    assert "cannot be chunked" in said["chunks of a norm over all frames"]
+    for name in ("chunks of a norm over all frames", "described chunks of such a norm"):
+        assert "cannot be chunked" in said[name]
     assert "frames or latents" in said["shares"]
     assert "latent must be" in said["stream"]
 

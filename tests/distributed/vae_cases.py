@@ -147,6 +147,17 @@ def most_frames(group: Group, system: str, kind: str, frames: int, options: dict
     return max(shared.values()), max(whole.values())
 
 
+def tiles_decoded(
+    group: Group, system: str, frames: int, size: tuple[int, int], options: dict[str, Any], **changes: Any
+) -> int:
+    """How many tiles this rank's decoder is given."""
+    vae, calls = make_vae(system, **changes), []
+    hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    parallel_decode(vae, draw(vae, "decode", frames, size, 1), group, split="tiles", **options)
+    hook.remove()
+    return len(calls)
+
+
 def whole_clip(kind: str, frames: int) -> dict[str, Any]:
     """The CogVideoX VAE's options for a clip that is one batch."""
     return {"chunk_frames": None} if kind == "encode" else {"chunk_latents": [frames]}
@@ -166,6 +177,9 @@ def refusals(group: Group) -> dict[str, str]:
         "unknown option": lambda: parallel_decode(vae, latent, group, chunks=1),
         "chunks of a norm over all frames": lambda: parallel_decode(
             make_vae("wfvae", norm_type="groupnorm", **WIDE), latent, group, chunk_latents=1
+        ),
+        "described chunks of such a norm": lambda: make_vae("wfvae", norm_type="groupnorm", **WIDE).decoding(
+            latent, chunk_latents=1
         ),
         "shares": lambda: frame_shares(vae, 2, frames=9, latents=2),
         "stream": lambda: parallel_decode_stream(vae, latent[0], group),

@@ -15,17 +15,20 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from cases import GROUPS, Group
+from combination_cases import SIZES, Drawn, recipe_of
+from tiny import make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from trainer_cases import losses, on_rank_0
 
 from vidgen import io
 from vidgen.checkpoints import distributed
-from vidgen.checkpoints.hf import PretrainedModel
+from vidgen.checkpoints.hf import PretrainedModel, load_state_dict
 from vidgen.parallel import Layout, Parallel
 from vidgen.parallel.layout import DIMS
 from vidgen.parallel.sharding import shard_model
-from vidgen.train import checkpoint, sharded_checkpoint
+from vidgen.train import checkpoint, loop, sharded_checkpoint
 from vidgen.train.optimizer import EMAAdamW
 from vidgen.train.sharded_checkpoint import Saver
 from vidgen.train.sharded_optimizer import ShardedEMAAdamW
@@ -438,3 +441,47 @@ def not_shared(group: Group, folder: str) -> str:
     except ValueError as error:
         return str(error).replace(str(root), "ROOT")
     return "no error"
+
+
+# What runs in turn, each with one step more: of a step's four micro-steps, ``accumulation`` are a replica's.
+LEGS: list[tuple[dict[str, Any] | None, int]] = [
+    (None, 4),
+    ({"shard": 4}, 1),
+    ({"tensor": 2}, 2),
+    ({"pipeline": 2}, 2),
+    (None, 4),
+]
+
+
+def resumed(group: Group, folder: Path, system: str) -> dict[str, float]:
+    """Runs of the trainer that go on from each other's checkpoints on other layouts, against one that does not stop."""
+    loop.build_task = lambda *args: Drawn(*args)  # type: ignore[assignment]
+    on_rank_0(lambda: make_model(system, **SIZES[system]).save_pretrained(folder / "weights"))
+
+    def recipe(output: str, steps: int, accumulation: int) -> Any:
+        made = recipe_of(system, folder, output, accumulation)
+        made.training.steps = steps
+        made.vae = made.text.t5 = made.text.clip = folder / "nowhere"  # a recipe that is read again names them
+        made.data.height = made.data.width = 64
+        return made
+
+    for number, (parallel, accumulation) in enumerate(LEGS):
+        leg = recipe("legs", number + 1, accumulation)
+        if parallel is None:
+            assert on_rank_0(functools.partial(loop.train, leg))["step"] == number + 1
+        else:
+            leg.parallel = Parallel(**parallel)
+            assert loop.train(leg, layout=Layout.create(leg.parallel))["step"] == number + 1
+
+    def alone() -> dict[str, float]:
+        loop.train(recipe("one", len(LEGS), 4))
+        runs = [folder / name for name in ("legs", "one")]
+        found = {"loss": max(abs(a - b) for a, b in zip(*map(losses, runs), strict=True))}
+        last = f"step_{len(LEGS):08d}"
+        for part in ("model", "ema"):
+            states = [load_state_dict(run / last / part) for run in runs]
+            found[part] = max(float((states[0][name] - t).abs().max()) for name, t in states[1].items())
+        return found
+
+    found: dict[str, float] = on_rank_0(alone)
+    return found

@@ -32,6 +32,13 @@ def test_every_layout_reads_what_every_other_wrote(pool: Pool, tmp_path: Path) -
     assert [hop for rank in found for hop in rank.items() if hop[1]] == []
 
 
+@pytest.mark.slow
+def test_runs_go_on_from_each_other_on_other_layouts(pool: Pool, tmp_path: Path) -> None:
+    """One process, FSDP over 4, tensor parallel x FSDP, pipeline x FSDP, one process: a step each."""
+    found = pool.run(CASES + "resumed", 4, folder=tmp_path, system="opensora_v2")[0]
+    assert max(found.values()) < 1e-5, found
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(pool: Pool, tmp_path: Path) -> None:
     for found in pool.run(CASES + "asynchronous", 4, folder=str(tmp_path / "run")):
         assert found["while it waits"] == (None, ["step_00000001", "step_00000002.tmp"])

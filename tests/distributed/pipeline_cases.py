@@ -13,13 +13,14 @@ from cases import difference
 from layouts import make_layout
 from tiny import make_inputs, make_model
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as shards
 
 from vidgen.parallel import Layout, Parallel
 from vidgen.parallel import pipeline as pipelines
 from vidgen.parallel.context import spread
 from vidgen.parallel.pipeline import Call, Pipeline
 from vidgen.parallel.pipeline_stages import keep_steps, own_chunks
-from vidgen.parallel.sharding import local, shard_model
+from vidgen.parallel.sharding import fsdp_modules, local, shard_model
 from vidgen.parallel.tensor import row_order, tensor_parallel, usual_order
 from vidgen.train import loop
 from vidgen.train.recipe import load_recipe
@@ -88,8 +89,14 @@ def steps(
             found["output"] = max(found["output"], difference(output.detach(), wanted[m].detach()))  # noqa: B023
             return value / len(seeds) / layout.size("sequence")  # noqa: B023
 
-        with mock.patch.object(pipelines, "MAX_BUCKETS", buckets):
+        with (
+            mock.patch.object(pipelines, "MAX_BUCKETS", buckets),
+            mock.patch.object(shards, "foreach_reduce", wraps=shards.foreach_reduce) as reduced,
+        ):
             pipeline.step([Call((), inputs[m]) for m in mine], loss)
+        # Once for each module in shards, whatever the number of micro-batches.
+        assert reduced.call_count <= len(list(fsdp_modules(own))), reduced.call_count
+        assert bool(reduced.call_count) is fsdp
         last = layout.rank("pipeline") == layout.size("pipeline") - 1
         assert sorted(seen) == (sorted(mine) if last else []), seen
         found["loss"] = max(found["loss"], *seen.values(), 0.0)

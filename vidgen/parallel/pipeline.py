@@ -201,7 +201,7 @@ class Pipeline:
         if number not in self.inputs:
             self.inputs[number] = model.prepare(*call.args, **call.kwargs)
         inputs = self.inputs[number]
-        if torch.is_grad_enabled() and chunk is self.own[-1]:
+        if torch.is_grad_enabled() and chunk == self.own[-1]:
             del self.inputs[number]  # blocks that are computed again hold what they need
         if chunk.first:
             stream = model.embed(inputs)

@@ -36,12 +36,15 @@ def coded(coding: Coding, group: dist.ProcessGroup, wanted: Sequence[Span], tile
     def code(x: Tensor) -> Tensor:
         return join(run(coding, x, map if outside else dealt) if tiles else rounds(coding, x, group, every))
 
+    if coding.around is None:
+        pieces: Iterator[Tensor] = iter((code(coding.x),))
+    else:
+        pieces = coding.around(code, coding.x, dealt if outside else map)
     at, (start, stop) = 0, wanted[dist.get_rank(group)]
-    for piece in (
-        (code(coding.x),) if coding.around is None else coding.around(code, coding.x, dealt if outside else map)
-    ):
+    for piece in pieces:
         yield piece[:, :, max(start - at, 0) : max(stop - at, 0)]
         at += piece.shape[2]
+        del piece  # not while the next one is computed
 
 
 def rounds(coding: Coding, x: Tensor, group: dist.ProcessGroup, wanted: Sequence[Span]) -> Iterator[Tensor]:

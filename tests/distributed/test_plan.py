@@ -6,6 +6,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -396,6 +399,15 @@ def test_what_the_trainer_calls() -> None:
     assert require_legal(load_recipe(RECIPE, ["--parallel.ulysses", "4"]), 8) == []
     assert "leaves 1 ranks" in require_legal(load_recipe(RECIPE, ["--parallel.ulysses", "5"]), 5)[0]
     assert require_legal(load_recipe(RECIPE), 3) == []
+
+
+def test_the_trainer_refuses_before_anything_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vidgen", "train", RECIPE, "--parallel.stages", "[5]", "--output", "run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "parallel.stages must add up to the model's 6 blocks, got 5; nearest: [6]" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters() -> None:

@@ -34,6 +34,7 @@ from vidgen.parallel.watchdog import Watchdog
 from . import checkpoint, lora, pipelined, sharded_checkpoint, skipped
 from .encoding import micro_batches
 from .errors import TrainingStopped
+from .facts import require_legal
 from .gradient_clipping import AdaptiveGradientClipping, gradient_norm, norm_over
 from .metrics import METRICS, MetricsLog, Progress, plot_loss, read_metrics
 from .optimizer import EMAAdamW
@@ -84,6 +85,10 @@ def train(
     with join(recipe.parallel, recipe.device, layout) as (ranks, device), contextlib.ExitStack() as stack:
         if len({repr(config.to_dict(recipe)) for recipe in ranks.gather(recipe)}) > 1:
             raise ValueError("train: recipe must be the same on all processes")
+        if ranks.layout is not None:
+            for warning in require_legal(recipe, ranks.layout.size("world")):
+                if ranks.is_first:
+                    logger.warning(warning)
         ranks.on_first(lambda: stack.enter_context(lock_directory(recipe.output)))
         terminated = stack.enter_context(_sigterm())
         watchdog = stack.enter_context(_watchdog(recipe, ranks))

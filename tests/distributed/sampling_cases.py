@@ -191,18 +191,18 @@ def failing(group: Group, model: str, folder: str, settings: dict[str, Any], spr
 
 
 def unwritten(group: Group, model: str, folder: str, settings: dict[str, Any]) -> str:
-    """What is raised here when the second of two videos cannot be written."""
+    """What is raised here when the first of the two videos of one pair cannot be written."""
     write = text_to_video.write_frames
 
     def fails(chunks: Any, video: Path, *rest: Any) -> None:
         next(iter(chunks))
-        if video.name.startswith("001"):
+        if video.name.startswith("000"):
             raise OSError("no space left")
         write(chunks, video, *rest)
 
     with mock.patch.object(text_to_video, "write_frames", fails):
         try:
-            sample_videos(model, ["a", "b"], folder, SampleSettings(**settings), Spread(ulysses=2))
+            sample_videos(model, ["a", "b", "c", "d"], folder, SampleSettings(**settings), Spread(ulysses=2))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return "nothing"

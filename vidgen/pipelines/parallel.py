@@ -246,13 +246,8 @@ class Transformer:
     """
 
     def __init__(self, model: Any, crew: Crew, *, split: bool = True, shared: Sequence[str] = ()) -> None:
-        self.model, self.crew, self.split, self.shared, self.config = (
-            model,
-            crew,
-            split,
-            tuple(shared),
-            getattr(model, "config", None),
-        )
+        self.model, self.crew, self.split, self.shared = model, crew, split, tuple(shared)
+        self.config = getattr(model, "config", None)
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         together(self.crew)

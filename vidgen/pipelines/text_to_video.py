@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,35 +125,33 @@ def sample_with(crew: Crew, job: Job, requests: Sequence[Request], output: Path)
     kinds = [system.kind(job, request) for request in chosen]
     latents, seconds = sample_all(job, kinds, texts, embeddings, conditions, numbers, crew)
 
-    def write() -> list[tuple[int, dict[str, Any]]]:
-        if not own:
-            return []
-        vae = system.load_vae(job.parts, job.dtype, job.device)
-        results = []
-        for index, number in enumerate(numbers):
-            began = time.monotonic()
-            stem = output / _stem(number, chosen[index])
-            video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
-            chunks = decoded(vae, job, latents[index], crew.video_group)
-            if not crew.video.is_first:
-                for _ in chunks:  # they come out on the first process
-                    pass
-                continue
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-                write_frames(chunks, video, sheet, chosen[index].prompt, job)
-            finally:
-                for _ in chunks:  # the others decode to the end, whatever happens here
-                    pass
-            facts = facts_about(job, chosen[index], number)
-            if job.settings.refiner is not None:
-                facts["refined_prompt"] = refined[chosen[index].prompt]
-            facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
-            write_json(json_file, facts)
-            results.append((number, {**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)}))
-        return results
+    vae = everyone.together(lambda: system.load_vae(job.parts, job.dtype, job.device) if own else None)
 
-    return everyone.together(write)
+    def write(index: int, number: int) -> list[tuple[int, dict[str, Any]]]:
+        request, began = chosen[index], time.monotonic()
+        chunks = decoded(vae, job, latents[index], crew.video_group)
+        stem = output / _stem(number, request)
+        video, sheet, json_file = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png", ".json"))
+        try:
+            if crew.video.is_first:
+                output.mkdir(parents=True, exist_ok=True)
+                write_frames(chunks, video, sheet, request.prompt, job)
+        finally:
+            for _ in chunks:  # all decode to the end, whoever writes and whatever happens to it
+                pass
+        if not crew.video.is_first:
+            return []
+        facts = facts_about(job, request, number)
+        if job.settings.refiner is not None:
+            facts["refined_prompt"] = refined[request.prompt]
+        facts["seconds"] = round(seconds[index] + time.monotonic() - began, 3)
+        write_json(json_file, facts)
+        return [(number, {**facts, "video": str(video), "sheet": str(sheet), "json": str(json_file)})]
+
+    def write_all() -> list[tuple[int, dict[str, Any]]]:
+        return [one for i, n in enumerate(own) for one in crew.video.together(partial(write, i, n))]
+
+    return everyone.together(write_all)
 
 
 def plan(

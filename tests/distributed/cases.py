@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vidgen import ops
 from vidgen.ops import context_parallel as cp
+from vidgen.ops.context_parallel import exchange
 
 Group = dist.ProcessGroup
 Errors = dict[str, float]
@@ -433,8 +434,8 @@ class Counted:
         self.group, self.bytes, self.calls = group, 0, 0
 
     def __enter__(self) -> Counted:
-        self.originals = dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather
-        all_to_all, batch, _ = self.originals
+        self.originals = dist.all_to_all_single, dist.batch_isend_irecv, exchange.all_gather, dist.all_gather
+        all_to_all, batch, gather, _ = self.originals
 
         def counted_all_to_all(out: Tensor, given: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
             away = sum(sent) - sent[dist.get_rank(self.group)]
@@ -447,14 +448,20 @@ class Counted:
             self.calls += 1
             return batch(messages)
 
+        def counted_gather(out: Tensor, given: Tensor, **rest: Any) -> Any:
+            self.bytes += (out.numel() - given.numel()) * given.element_size()
+            self.calls += 1
+            return gather(out, given, **rest)
+
         def unexpected(*args: Any, **rest: Any) -> Any:
             raise AssertionError("a collective that is not counted")
 
-        dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather = counted_all_to_all, counted_batch, unexpected
+        dist.all_to_all_single, dist.batch_isend_irecv = counted_all_to_all, counted_batch
+        exchange.all_gather, dist.all_gather = counted_gather, unexpected
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather = self.originals
+        dist.all_to_all_single, dist.batch_isend_irecv, exchange.all_gather, dist.all_gather = self.originals
 
 
 def volume(

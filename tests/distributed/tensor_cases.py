@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from vidgen.checkpoints.convert import convert
 from vidgen.checkpoints.lazy import read_torch
+from vidgen.ops.context_parallel.exchange import all_reduce, gather, reduce_scatter
 from vidgen.parallel import Layout
 from vidgen.parallel.context import spread
 from vidgen.parallel.rank_files import load_rank_files, save_rank_files
@@ -131,3 +132,23 @@ def rank_files(
         found = {name: usual_order(whole(p.detach()), order.get(name)) for name, p in other.named_parameters()}
         returned[called] = all(torch.equal(found[name], p) for name, p in wholes.items())
     return returned
+
+
+def collectives(group: dist.ProcessGroup, sizes: list[int], dim: int) -> None:
+    """Joining and adding up in 16 bits, and their gradients, against float32 that is rounded once."""
+    shape = [2, 3, 4]
+    shape[dim] = sum(sizes)
+    every = torch.randn(len(sizes), *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rank = dist.get_rank(group)
+    total = every.float().sum(0).bfloat16()
+    own = every[0].split(sizes, dim)[rank].clone().requires_grad_()
+    joined = gather(own, dim, sizes, group)
+    assert torch.equal(joined, every[0])
+    joined.backward(every[rank])
+    assert torch.equal(own.grad, total.split(sizes, dim)[rank])
+    x = every[rank].clone().requires_grad_()
+    summed = reduce_scatter(x, dim, sizes, group)
+    assert torch.equal(summed, total.split(sizes, dim)[rank])
+    summed.backward(every[1].split(sizes, dim)[rank])
+    assert torch.equal(x.grad, every[1])
+    assert torch.equal(all_reduce(every[rank], dim, sizes, group), total)

@@ -79,6 +79,12 @@ def test_rank_files(pool: Pool, system: str, tmp_path: Path) -> None:
         assert all(result[parts] for parts in ("same", "two", "whole")[: 3 - min(rank, 2)])
 
 
+@pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [3, 2, 2, 1], [2, 0, 1], [0, 0]])
+def test_collectives_round_once(pool: Pool, sizes: list[int]) -> None:
+    for dim in range(3):
+        pool.run("tensor_cases.collectives", len(sizes), sizes=sizes, dim=dim)
+
+
 def test_the_problems_of_a_cut() -> None:
     model = make_model("opensora_plan_v1_5", num_heads=6)
     assert tensor_problems(model, 1) == tensor_problems(model, 3) == []

@@ -6,7 +6,7 @@ of that sum. A tensor that all processes hold alike so gets a part of its gradie
 as data parallelism does for parameters.
 
 All of them are one ``all_to_all_single`` of a flat buffer with split sizes, which gloo, nccl and hccl take for any
-sizes (gloo's list form of all_to_all takes equal ones only).
+sizes (gloo's list form of all_to_all takes equal ones only), but for gathering equal shards, which needs no buffer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from .layout import Placement, route
 
 Shape = tuple[int, ...]
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as older PyTorch calls it
 
 
 class _Exchange(torch.autograd.Function):
@@ -62,30 +63,69 @@ def exchange(
     return [[next(parts).view(shape) for shape in of] for of in shapes]
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.rest = dim, sizes, group
+        return joined(x, dim, sizes, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return summed(grad, *ctx.rest), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.rest = dim, sizes, group
+        return summed(x, dim, sizes, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return joined(grad, *ctx.rest), None, None, None
+
+
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """The shards of all ranks, ``sizes`` long, joined along ``dim``. Backward sums the gradients of every copy."""
-    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-    arrived = exchange([[x]] * len(sizes), [[shape] for shape in shapes], group)
-    return torch.cat([shard for (shard,) in arrived], dim)
+    """The shards of all ranks, ``sizes`` long, joined along ``dim``. Backward sums the gradients of every copy, in rank
+    order and in float32, and rounds once."""
+    return x if len(sizes) == 1 else _Gather.apply(x, dim, sizes, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Rank i gets its ``sizes[i]`` rows along ``dim`` of the sum over the ranks, which is taken in rank order and in
     float32 and rounded once. Backward gathers."""
-    own = (*x.shape[:dim], sizes[dist.get_rank(group)], *x.shape[dim + 1 :])
-    arrived = exchange([[rows] for rows in x.split(list(sizes), dim)], [[own]] * len(sizes), group)
-    return sum_wide([rows for (rows,) in arrived])
+    return x if len(sizes) == 1 else _ReduceScatter.apply(x, dim, sizes, group)
 
 
 def all_reduce(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """The sum over the ranks; rank i adds up the ``sizes[i]`` rows of ``dim`` that are its own, in rank order and in
     float32. The result is the same on all ranks bit for bit, and in 16 bits it is rounded once."""
-    if len(sizes) == 1:
-        return x
-    own = (*x.shape[:dim], sizes[dist.get_rank(group)], *x.shape[dim + 1 :])
-    arrived = exchange([[rows] for rows in x.split(list(sizes), dim)], [[own]] * len(sizes), group)
-    total = sum_wide([rows for (rows,) in arrived])
-    return gather(total, dim, sizes, group)
+    return gather(reduce_scatter(x, dim, sizes, group), dim, sizes, group)
+
+
+def joined(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    ranks, x = len(sizes), x.contiguous()
+    if len(set(sizes)) == 1 and x.numel():
+        arrived = x.new_empty(ranks, *x.shape)
+        all_gather(arrived.view(-1), x.view(-1), group=group)
+        return arrived.movedim(0, dim).flatten(dim, dim + 1)
+    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
+    numels = [math.prod(shape) for shape in shapes]
+    arrived = x.new_empty(sum(numels))
+    dist.all_to_all_single(arrived, x.flatten().repeat(ranks), numels, [x.numel()] * ranks, group=group)
+    parts = zip(arrived.split(numels), shapes, strict=True)
+    return torch.cat([part.view(shape) for part, shape in parts], dim)
+
+
+def summed(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    ranks, rows = len(sizes), x.split(list(sizes), dim)
+    own = rows[dist.get_rank(group)]
+    arrived = x.new_empty(ranks, *own.shape)
+    flat = torch.cat([part.flatten() for part in rows])
+    dist.all_to_all_single(arrived.view(-1), flat, [own.numel()] * ranks, [part.numel() for part in rows], group=group)
+    return sum_wide(arrived.unbind(0))
 
 
 def sum_wide(parts: Sequence[Tensor]) -> Tensor:

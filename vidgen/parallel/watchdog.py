@@ -16,11 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from vidgen import device as devices
+
 HUNG = 4  # exit code
 START_FACTOR = 3.0  # loading, the first step and compilation take longer
 GRACE_S = 30.0  # after which the report is left to a thread that needs no interpreter
 # What the libraries say when a process that they talk to is gone, or has not answered in time.
-LOST = re.compile(r"gloo|nccl|hccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket", re.IGNORECASE)
+WORDS = (*devices.COMMUNICATION.values(), "connection (closed|reset|refused)", "broken pipe", "timed? ?out", "socket")
+LOST = re.compile("|".join(WORDS), re.IGNORECASE)
 
 
 class Watchdog:

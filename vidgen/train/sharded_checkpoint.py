@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vidgen import device as devices
 from vidgen import io
 from vidgen.checkpoints.distributed import (
     FOLDER,
@@ -459,12 +460,13 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def own_groups(timeout_s: float = MIN_TIMEOUT_S, ranks: Sequence[int] | None = None) -> Groups:
-    """Two new gloo groups for a :class:`Saver`: of all processes, or of some. All processes call this all the same.
+    """Two new groups for a :class:`Saver`, of CPU tensors: of all processes, or of some. All processes call this.
 
     ``timeout_s``: how long processes wait for each other; the slowest disk should not take longer.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    background, control = (dist.new_group(ranks, timeout, "gloo") for _ in range(2))
+    backend = devices.communication_backend(torch.device("cpu"))
+    background, control = (dist.new_group(ranks, timeout, backend) for _ in range(2))
     return background, control
 
 

@@ -9,7 +9,7 @@ import torch
 from .pool import Pool
 from .tiny import SYSTEMS, make_model
 
-# Processes, micro-steps and sizes; each system takes each once.
+# Processes, and sizes.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 2": (2, {}),
     "fsdp 4": (4, {}),
@@ -26,8 +26,15 @@ def check(found: list[dict[str, float] | None], members: int, tolerance: float =
         assert not wrong, (rank, each)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("system", SYSTEMS)
+# The default suite has each layout and each system once.
+CASES = [
+    pytest.param(system, layout, marks=[] if i == j else pytest.mark.slow)
+    for i, system in enumerate(SYSTEMS)
+    for j, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize("system, layout", CASES)
 def test_three_steps_equal_one_process(pool: Pool, system: str, layout: str) -> None:
     members, options = LAYOUTS[layout]
     found = pool.run("sharding_cases.three_steps", 4, system=system, members=members, **options)
@@ -52,7 +59,7 @@ def test_bfloat16(pool: Pool) -> None:
     assert found[0]["loss"] < 0.01
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", [*SYSTEMS[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in SYSTEMS[1:])])
 def test_every_block_is_sharded_by_itself(pool: Pool, system: str) -> None:
     number = len(list(make_model(system).blocks))
     for found in pool.run("sharding_cases.placed", 4, system=system):

@@ -16,6 +16,7 @@ for package in ("av", "PIL", "safetensors", "transformers"):
 from vidgen.models import autoencoders  # noqa: E402
 from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config  # noqa: E402
 from vidgen.models.text import save_tiny_text_encoders  # noqa: E402
+from vidgen.ops.context_parallel import shard_sizes  # noqa: E402
 from vidgen.pipelines.parallel import Spread, Transformer  # noqa: E402
 
 from .pool import Pool  # noqa: E402
@@ -92,10 +93,10 @@ CASES: dict[str, tuple[str, str, list[tuple[str, bool]], dict[str, Way]]] = {
     "1.5": (
         "opensora_plan_v1_5",
         "tiny",
-        [("a cat", False), ("a dog", False)],
+        [("a cat", False), ("a dog", False), ("birds", False)],
         {
-            "tensor x guidance": Way({"tensor": 2, "guidance": 2}, [[1, 1, 1, 1]] * 4, 0.8),
-            "groups, sharded": Way({"ulysses": 2, "skiparse": "groups", "shard": True}, [[2, 2]] * 4, 0.3),
+            "tensor x guidance": Way({"tensor": 2, "guidance": 2}, [[1] * 6] * 4, 0.8),
+            "groups, sharded": Way({"ulysses": 2, "skiparse": "groups", "shard": True}, [[2] * 4] * 4, 0.3),
         },
     ),
     "2.0": (
@@ -137,7 +138,8 @@ def test_videos_are_those_of_one_process(
         spread = Spread(**way.spread)
         ranks = spread.ulysses * spread.ring * spread.tensor
         assert max(found["tokens"]) <= found["all tokens"] * (1 if ranks == 1 else 0.7), name
-        videos = [0 if spread.video == 1 else len(prompts) * spread.video // 4] * 4
+        shares_of_prompts = shard_sizes(len(prompts), 4 // spread.video)
+        videos = [0 if spread.video == 1 else shares_of_prompts[rank // spread.video] for rank in range(4)]
         assert found["decoded together"] == videos, name
         shares = [weights[0] / found["all weights"] for weights in found["weights"] if weights]
         assert max(shares) <= way.weights, (name, shares)

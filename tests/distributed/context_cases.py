@@ -28,7 +28,8 @@ def model(
     **inputs: Any,
 ) -> dict[str, float]:
     """Largest differences of the output and of every parameter's gradient from one process."""
-    layout = make_layout(**parallel)
+    layout = make_layout(dist.get_world_size(group), **parallel)
+    assert layout is not None
     whole = make_model(system, preset, **changes or {})
     own = copy.deepcopy(whole)
     own.gradient_checkpointing = checkpointing

@@ -105,6 +105,7 @@ CASES: dict[str, tuple[str, str, list[tuple[str, bool]], dict[str, Way]]] = {
         [("a cat", True), ("a dog", False)],
         {
             "ring": Way({"ring": 2}, [[3, 3], [3, 3], [2, 2], [2, 2]]),
+            "tensor, fused weights": Way({"tensor": 2}, [[3, 3], [3, 3], [2, 2], [2, 2]], 0.8),
             "guidance": Way({"guidance": 2}, [[2, 2], [1, 1], [1, 1], [1, 1]]),
         },
     ),

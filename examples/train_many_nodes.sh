@@ -31,6 +31,8 @@ cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)))')
 threads=$((cores / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_S:-600}
+# A new store for each start, without the addresses of processes that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec "$python" -m torch.distributed.run \
     --nnodes "$NODES" \

@@ -54,6 +54,18 @@ def parent() -> int | None:
     return None if number is None else int(number)
 
 
+def meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the processes meet: ``store``, ``rank`` and ``world_size`` for ``torch.distributed.init_process_group``.
+
+    torchrun keeps one store when it starts processes again, with the addresses of those that are gone in it. Each start
+    has a part of the store for itself.
+    """
+    import torch.distributed as dist
+
+    store, number, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    return {"store": dist.PrefixStore(f"start/{restarts()}", store), "rank": number, "world_size": world}
+
+
 def say_once(text: str, *, unless_others_spoke: bool = False) -> None:
     """Print a line on stderr, unless another process of the run has printed the same, whichever rank it names.
 

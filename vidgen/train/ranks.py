@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from vidgen import device as devices
 from vidgen.io import LockError
-from vidgen.parallel import Layout, Parallel
+from vidgen.parallel import Layout, Parallel, launch
 
 from .errors import TrainingStopped
 
@@ -165,8 +165,9 @@ def join(
     started = not dist.is_initialized()
     if started:
         timeout = datetime.timedelta(seconds=parallel.timeout_s)
-        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(devices.communication_backends(device), timeout=timeout, **alone)
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        where = launch.meeting_place(timeout) if "RANK" in os.environ else alone
+        dist.init_process_group(devices.communication_backends(device), timeout=timeout, **where)
     # After an error the group is left to the end of the process: others may hang in an exchange.
     yield Ranks(Layout.create(parallel, device.type)), device
     if started:

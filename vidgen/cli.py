@@ -167,13 +167,15 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic-guidance", action=flag, help="guidance that follows the timestep")
     parser.add_argument("--zero-negative", action=flag, help="zeros in the place of the negative prompt")
     parser.add_argument("--oscillation", metavar="NAMES", help="of the guidance: some of text,image,temporal, or none")
-    for name in ("frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help="default: what the model was trained on")
+    size = "also --height, --width; default: what the model was trained on"
+    for name, what in (("frames", size), ("height", argparse.SUPPRESS), ("width", argparse.SUPPRESS)):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
     parser.add_argument("--fps", type=float, help="default: what the model was trained on")
     parser.add_argument("--tile-size", type=int, metavar="N", help="decode in tiles of this many pixels")
     parser.add_argument("--tile-frames", type=int, metavar="N", help="and of this many frames (Open-Sora 2.0)")
-    for name, what in (("vae", "VAE"), ("t5", "T5 text encoder"), ("clip", "CLIP text encoder")):
-        parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=f"{what}; default: the model's own")
+    others = "also --t5, --clip; default: the model's own"
+    for name, what in (("vae", others), ("t5", argparse.SUPPRESS), ("clip", argparse.SUPPRESS)):
+        parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=what)
     parser.add_argument(
         "--refine-prompts", type=Path, dest="refiner", metavar="FOLDER", help="language model that rewrites the prompts"
     )
@@ -183,20 +185,16 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_spread(parser: argparse.ArgumentParser) -> None:
-    several = parser.add_argument_group("several processes", "what these leave of them takes other prompts")
-    several.add_argument("--nproc", type=int, metavar="N", help="start N processes on this node; several: use torchrun")
-    sizes = {
-        "ulysses": "processes that share a video's tokens, by heads inside attention",
-        "ring": "the same, by blocks of keys",
-        "tensor": "processes that share the transformer's layers",
-        "guidance-parallel": "processes that share the predictions with and without the prompt",
-    }
-    for name, what in sizes.items():
-        several.add_argument(f"--{name}", type=int, default=1, metavar="N", help=what)
-    kinds = "how Skiparse layers are shared: heads (default), or groups, which moves less"
-    several.add_argument("--skiparse", default="heads", choices=("heads", "groups"), help=kinds)
-    several.add_argument("--shard", action="store_true", help="each process keeps a part of the transformer's weights")
-    several.add_argument("--offload", action="store_true", help="with --shard: the parts lie on the host")
+    """Options of several processes: one line of help for all, docs/sampling.md has the rest."""
+    names = ("ulysses", "ring", "tensor", "guidance-parallel")
+    listed = " ".join(f"--{name} N" for name in names)
+    parser.add_argument("--nproc", type=int, metavar="N", help=argparse.SUPPRESS)
+    for name in names:
+        parser.add_argument(f"--{name}", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--skiparse", default="heads", choices=("heads", "groups"), help=argparse.SUPPRESS)
+    for name in ("shard", "offload"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    parser.epilog = f"Several processes: --nproc N {listed} --skiparse heads|groups --shard --offload (docs/sampling.md)"
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:

@@ -194,7 +194,8 @@ def _add_spread(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skiparse", default="heads", choices=("heads", "groups"), help=argparse.SUPPRESS)
     for name in ("shard", "offload"):
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    parser.epilog = f"Several processes: --nproc N {listed} --skiparse heads|groups --shard --offload (docs/sampling.md)"
+    others = "--skiparse heads|groups --shard --offload"
+    parser.epilog = f"Several processes: --nproc N {listed} {others} (docs/sampling.md)"
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:

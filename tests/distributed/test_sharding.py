@@ -64,7 +64,7 @@ def test_every_block_is_sharded_by_itself(pool: Pool, system: str) -> None:
     number = len(list(make_model(system).blocks))
     for found in pool.run("sharding_cases.placed", 4, system=system):
         assert found["modules"] == number + 1 and found["blocks"] == number > 1
-        assert found["mesh"] == ("replicate", "fsdp")
+        assert found["mesh"] == ("replicate", "shard")
         assert found["restored"] and found["steps"] == 2
 
 

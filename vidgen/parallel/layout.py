@@ -245,7 +245,13 @@ def mesh_dims(order: Order) -> tuple[str, ...]:
 
 
 def flat(mesh: DeviceMesh, dims: Sequence[str], name: str) -> DeviceMesh:
-    """Some dimensions as one. ``_flatten`` is PyTorch's own name for it; this is its only use."""
+    """Some dimensions as one. ``_flatten`` is PyTorch's own name for it; this is its only use.
+
+    Where at most one of them has more than one process, that one is it: each group costs threads and memory.
+    """
+    several = [dim for dim in dims if mesh[dim].size() > 1]
+    if len(several) <= 1:
+        return mesh[several[0] if several else dims[-1]]
     return mesh[tuple(dims)]._flatten(name)
 
 

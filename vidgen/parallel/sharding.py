@@ -99,7 +99,8 @@ def sharding_mesh(layout: Layout) -> DeviceMesh:
         return layout.fsdp_mesh
     if hasattr(DeviceMesh, "_concatenate"):
         return DeviceMesh._concatenate([layout.mesh["replicate"], layout.fsdp_mesh])
-    return layout.mesh["replicate", "fsdp"]  # older PyTorch slices flattened dimensions too
+    (name,) = layout.fsdp_mesh.mesh_dim_names or ()
+    return layout.mesh["replicate", name]  # older PyTorch slices flattened dimensions too
 
 
 def reduce_over_replicas(model: nn.Module, last: bool) -> None:

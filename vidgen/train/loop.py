@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vidgen import __version__, config
@@ -486,6 +487,8 @@ class _Run:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        for group in self.file_groups or ():
+            dist.destroy_process_group(group)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

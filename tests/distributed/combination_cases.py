@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import layout_of
 from safetensors.torch import load_file
 from tiny import make_inputs, make_model
 from torch import Tensor
 from trainer_cases import losses, on_rank_0
 
 from vidgen.checkpoints.distributed import EMA, OPTIMIZER, Distributed
-from vidgen.parallel import Layout, Parallel
+from vidgen.parallel import Parallel
 from vidgen.train import loop
 from vidgen.train.recipe import Clipping, Data, Optimizer, Recipe, Training
 from vidgen.train.tasks import Task, build_model
@@ -95,7 +96,7 @@ def compare(
     on_rank_0(lambda: model.save_pretrained(folder / "weights"))
     recipe = recipe_of(system, folder, "many", accumulation)
     recipe.parallel = section
-    layout = Layout.create(section)
+    layout = layout_of(section)
     loop.train(recipe, layout=layout)
 
     def alone() -> dict[str, float]:

@@ -31,6 +31,7 @@ def values(parts: Path, tmp_path: Path) -> dict[str, Any]:  # noqa: F811
     }
 
 
+@pytest.mark.slow  # half a minute
 def test_vae_equals_one_process(pool: Pool, values: dict[str, Any]) -> None:
     (found, *_) = pool.run("trainer_cases.compare", 4, values=values, parallel={"replicate": 2})
     assert found.pop("steps") == 2

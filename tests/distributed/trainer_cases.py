@@ -14,10 +14,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from layouts import layout_of
 from safetensors.torch import load_file
 
 from vidgen.io import lock_directory
-from vidgen.parallel import Layout, Parallel
+from vidgen.parallel import Parallel
 from vidgen.parallel.sharding import local
 from vidgen.train import loop
 from vidgen.train.errors import TrainingStopped
@@ -53,7 +54,7 @@ def run(values: dict[str, Any], changes: dict[str, Any], parallel: dict[str, Any
         return loop.train(recipe)
     section = Parallel(**parallel)
     recipe.parallel = section
-    return loop.train(recipe, layout=Layout.create(section))
+    return loop.train(recipe, layout=layout_of(section))
 
 
 def losses(folder: str | Path) -> list[float]:
@@ -69,7 +70,7 @@ def difference(one: Path, other: Path) -> float:
 
 def compare(group: Group, values: dict[str, Any], parallel: dict[str, Any], **changes: Any) -> dict[str, float]:
     """Differences of losses, weights and averages between a run of many processes and one of one process."""
-    layout = Layout.create(Parallel(**parallel))
+    layout = layout_of(Parallel(**parallel))
     output, steps = Path(values["output"]), values["training"]["steps"]
     accumulation = changes.pop("accumulation", 1)
     run(values, {**changes, "output": str(output / "many"), "training": {"accumulation": accumulation}}, parallel)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 90  # of a collective, and of a case
+TIMEOUT_S = 240  # of a collective, and of a case: long, for machines that have much else to do
 MAX_GROUPS = 90  # in a process, before the processes are started anew: threads of gloo wake up 100 times a second
 
 

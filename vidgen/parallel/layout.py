@@ -125,7 +125,6 @@ class Layout:
         self.sequence_mesh = flat(mesh, (*inner, "tensor"), "sequence")  # a sequence, outside attention
         self.fsdp_mesh = flat(mesh, ("shard", *inner), "fsdp")  # a sharded parameter
         self.data_mesh = flat(mesh, ("replicate", "shard"), "data")  # different samples
-        self.all_replicas_mesh = flat(mesh, ("replicate", "shard", *inner), "all_replicas")  # of one part
         self.world_mesh = flat(mesh, names, "world")
         dims = ("pipeline", *inner, "tensor")  # of the processes that share samples
         self.model_mesh = flat(mesh, dims, "model") if self.sizes["pipeline"] > 1 else self.sequence_mesh
@@ -227,11 +226,6 @@ class Layout:
     def group(self, dim: str) -> dist.ProcessGroup:
         """The group of this process along a dimension, or along ``context``, ``sequence``, ``fsdp``, ``data``."""
         return self._mesh_of(dim).get_group()
-
-    @property
-    def model_ranks(self) -> int:
-        """Processes that share the same samples."""
-        return math.prod(self.sizes[name] for name in ("pipeline", "ring", "ulysses", "tensor"))
 
     def _mesh_of(self, dim: str) -> DeviceMesh:
         return self.mesh[dim] if dim in DIMS else getattr(self, f"{dim}_mesh")

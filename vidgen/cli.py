@@ -194,8 +194,10 @@ def _add_spread(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skiparse", default="heads", choices=("heads", "groups"), help=argparse.SUPPRESS)
     for name in ("shard", "offload"):
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    others = "--skiparse heads|groups --shard --offload"
-    parser.epilog = f"Several processes: --nproc N {listed} {others} (docs/sampling.md)"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # lines as they are: no option broken at its hyphen
+    parser.epilog = (
+        f"Several processes (docs/sampling.md): --nproc N {listed}\n--skiparse heads|groups --shard --offload"
+    )
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:

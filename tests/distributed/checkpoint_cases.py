@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import GROUPS, Group
+from attention_cases import GROUPS, Group
 from combination_cases import SIZES, Drawn, recipe_of
 from tiny import make_model
 from torch import Tensor, nn

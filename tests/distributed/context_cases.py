@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import difference
+from attention_cases import difference
 from layouts import make_layout
 from tiny import make_inputs, make_model
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import GROUPS
+from attention_cases import GROUPS
 from torch.distributed.device_mesh import DeviceMesh
 
 from vidgen.parallel import Layout, Parallel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from cases import difference
+from attention_cases import difference
 from tensor_cases import gradient_errors
 from tiny import make_inputs, make_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -122,11 +122,14 @@ def refused(group: dist.ProcessGroup) -> list[str]:
     from megatron.core import parallel_state
 
     said = []
-    with mock.patch.dict(sys.modules, {"megatron.core": None}):
-        try:
-            Layout.from_megatron()
-        except ImportError as error:
-            said.append(str(error))
+    package = sys.modules["megatron.core"]
+    sys.modules["megatron.core"] = None  # type: ignore[assignment]  # mock.patch.dict would forget what is imported now
+    try:
+        Layout.from_megatron()
+    except ImportError as error:
+        said.append(str(error))
+    finally:
+        sys.modules["megatron.core"] = package
     try:
         Layout.from_megatron(parallel_state)
     except ValueError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of one gloo group that stay alive and run functions of this folder by name.
 
-``function`` is one of cases.py, ``module.function`` one of another file here.
+``function`` is one of attention_cases.py, ``module.function`` one of another file here.
 
 This file is also the program that the processes run.
 """
@@ -77,7 +77,7 @@ def serve(descriptor: int, rank: int, world: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    cases: Any = importlib.import_module("cases")  # this folder is first on the path of a program in it
+    cases: Any = importlib.import_module("attention_cases")  # this folder is first on the path of a program in it
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
@@ -89,7 +89,7 @@ def serve(descriptor: int, rank: int, world: int, store: str) -> None:
         except EOFError:
             break
         try:
-            module, function = case.rsplit(".", 1) if "." in case else ("cases", case)
+            module, function = case.rsplit(".", 1) if "." in case else ("attention_cases", case)
             answer = getattr(importlib.import_module(module), function)(cases.GROUPS[tuple(range(ranks))], **arguments)
             reply = True, (answer, len(dist.distributed_c10d._world.pg_map))
         except Exception:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import difference
+from attention_cases import difference
 from layouts import make_layout
 from tiny import make_inputs, make_model
 from torch import Tensor, nn

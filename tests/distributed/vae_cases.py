@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import GROUPS
+from attention_cases import GROUPS
 from torch import Tensor, nn
 
 from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config, wfvae_config

@@ -244,7 +244,7 @@ def vae_blocks(case: Case, compare: Comparison) -> None:
     for name, value in inputs.items():
         kind, _, count = name.rpartition("_")
         if kind == "sn_f":
-            compare(f"sn_{count}", norm(value, inputs[f"sn_zq_{count}"]))
+            compare(f"sn_{count}", norm(value, inputs[f"sn_zq_{count}"], Stream()))
         elif kind == "resample":
             compare(f"down_{count}", down(value, Stream()))
             compare(f"up_{count}", up(value, Stream()))

@@ -196,7 +196,7 @@ def _add_spread(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # lines as they are: no option broken at its hyphen
     parser.epilog = (
-        f"Several processes (docs/sampling.md): --nproc N {listed}\n--skiparse heads|groups --shard --offload"
+        f"Several processes: --nproc N {listed}\n--skiparse heads|groups --shard --offload (docs/sampling.md)"
     )
 
 

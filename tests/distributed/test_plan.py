@@ -436,6 +436,36 @@ def test_vae() -> None:
     assert all(c.memory["activations"] > 0 for c in plan.costs)
 
 
+def test_encoders_that_stay_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every process has them whole, in the precision of the run."""
+    pytest.importorskip("transformers")
+    from vidgen.models import autoencoders
+    from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, save_tiny_text_encoders
+
+    command = ["plan", RECIPE, "--world", "2", "--vae", str(tmp_path / "vae")]
+    command += ["--text.t5", str(tmp_path / "t5"), "--text.clip", str(tmp_path / "clip"), "--data.cache", "null"]
+    assert cli.main(command) == 0
+    assert "the VAE and the text encoders are not counted" in capsys.readouterr().out
+    vae = autoencoders.WFVAE(autoencoders.preset("tiny"))
+    vae.save_pretrained(tmp_path / "vae")
+    save_tiny_text_encoders(tmp_path, t5_channels=20, clip_channels=12, multilingual=True)
+    parts = vae, T5TextEncoder.from_pretrained(tmp_path / "t5"), CLIPTextEncoder.from_pretrained(tmp_path / "clip")
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    for options, wanted in (
+        ([], 4.0 * count),
+        (["--training.precision", "bf16"], 2.0 * count),
+        (["--encoders.interval", "4"], 0.0),
+        (["--data.cache", str(tmp_path / "cache")], 0.0),
+    ):
+        assert cli.main([*command, *options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["combinations"], options
+        for each in found["combinations"]:
+            assert each["memory_bytes"]["encoders"] == pytest.approx(wanted, rel=0.02), options
+    assert cli.main([*command, "--device-memory", "1e-6"]) == 0
+    assert "encoders.interval" in capsys.readouterr().out.splitlines()[-1]
+
+
 # The page
 
 

@@ -222,6 +222,7 @@ def memory_of(facts: ModelFacts, stage: Stage, shares: Shares, sizes: Sizes, mic
         "activations": facts.batch * activation_bytes(facts, stage, shares, flights),
         "working": facts.batch * 2 * max(shares.between(step.widest) for step, _ in stage.all or ((Step(), 1),)),
         "inputs": facts.batch * facts.input_bytes,
+        "encoders": facts.resident_bytes or 0.0,
     }
 
 

@@ -104,6 +104,8 @@ class ModelFacts:
         recomputed: blocks are computed again in the backward pass.
         states: float32 numbers that the optimizer keeps for each trainable parameter.
         input_bytes: latents, noise, target and text, which every process of a sample has whole.
+        resident_bytes: weights of the VAE and the text encoders, which every process has whole while the model computes;
+            None: not known, and not counted.
     """
 
     name: str
@@ -120,6 +122,7 @@ class ModelFacts:
     recomputed: bool = False
     states: int = 3
     input_bytes: float = 0.0
+    resident_bytes: float | None = 0.0
 
     @property
     def parameters(self) -> int:

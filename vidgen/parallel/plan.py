@@ -14,6 +14,7 @@ from .layout import DIMS, Parallel
 from .pipeline_stages import micro_batch_problems, stage_problems
 from .timing import Cost, Machine, cost
 
+ENCODERS_AWAY = "encoders.interval, which moves the VAE and the text encoders away"
 USABLE = 0.92  # of a device's memory: the rest goes to the libraries and to fragments
 
 # What the refused combinations of a search are counted under.
@@ -243,8 +244,9 @@ def reason(plan: Plan, c: Cost) -> str:
     limit = plan.machine.memory_bytes
     if not plan.fits(c):
         largest = max(c.memory, key=lambda name: c.memory[name])
-        less = "ring, ulysses, tensor or checkpointing" if largest in ("activations", "working") else "shard or tensor"
-        return f"does not fit: {largest} takes {gb(c.memory[largest])} of {gb(limit)} GB; more {less}"
+        less = "more ring, ulysses, tensor or checkpointing" if largest in ("activations", "working") else ENCODERS_AWAY
+        less = less if largest in ("activations", "working", "encoders") else "more shard or tensor"
+        return f"does not fit: {largest} takes {gb(c.memory[largest])} of {gb(limit)} GB; {less}"
     waits = {name: seconds for name, seconds in c.seconds.items() if name != "compute" and seconds > 0}
     if not waits or sum(waits.values()) < 0.02 * c.step_s:
         return "all but computes"
@@ -323,6 +325,8 @@ def text(plan: Plan, rows: int = 12) -> str:
         "none is measured here (docs/scaling.md)",
         "",
     ]
+    if facts.resident_bytes is None:
+        lines[2:2] = ["the VAE and the text encoders are not counted: their folders are not here"]
     if plan.costs:
         lines += [table([row(plan, c) for c in plan.costs[:rows]], COLUMNS)]
         lines += [f"... and {len(plan.costs) - rows} more"] if len(plan.costs) > rows else []
@@ -344,6 +348,7 @@ def recommendation(plan: Plan) -> str:
         smallest = plan.costs[0]
         more = [] if plan.facts.recomputed or not plan.facts.blocks else ["training.activation_checkpointing"]
         more += [] if smallest.parallel.cpu_offload else ["parallel.cpu_offload"]
+        more += [ENCODERS_AWAY] if plan.facts.resident_bytes else []
         need = f"the smallest needs {gb(smallest.memory_bytes)} GB of a process"
         return f"no combination fits; {need}: {', '.join([*more, 'more processes'])}"
     lines = ["recommended:", "parallel:", *(f"  {name}: {value}" for name, value in section(best).items())]

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vidgen.checkpoints.lazy import read_safetensors
 from vidgen.parallel import Parallel
 from vidgen.parallel import plan as planning
 from vidgen.parallel.facts import Amount, ModelFacts, ModelShape, Step
@@ -88,6 +90,7 @@ def facts_of(recipe: Recipe) -> ModelFacts:
         "accumulation": training.accumulation,
         "recomputed": training.activation_checkpointing,
         "states": 2 if recipe.optimizer.ema_decay is None else 3,
+        "resident_bytes": resident_bytes(recipe, dtype),
     }
     if recipe.task == "vae":
         return vae_facts(recipe, model, dtype, common)
@@ -139,12 +142,7 @@ def plan(recipe: Recipe, world: int, machine: Machine, samples: int | None = Non
     for name, count in (("world", world), ("samples", 1 if samples is None else samples)):
         if count < 1:
             raise ValueError(f"plan: {name} must be positive, got {count}")
-    facts = facts_of(recipe)
-    beside = beside_bytes(recipe)
-    found = planning.make_plan(facts, world, machine, recipe.parallel, samples)
-    if beside is None:
-        found.warnings.append("the weights of the VAE and the text encoders are not there to be counted")
-    return found
+    return planning.make_plan(facts_of(recipe), world, machine, recipe.parallel, samples)
 
 
 def latent_text(recipe: Recipe) -> str:
@@ -226,12 +224,17 @@ def vae_facts(recipe: Recipe, model: Any, dtype: torch.dtype, common: dict[str, 
     )
 
 
-def beside_bytes(recipe: Recipe) -> float | None:
-    """Bytes of the weights of the VAE and the text encoders, which every process loads; None where a folder is
-    missing. With ``data.cache`` they are left once everything is encoded."""
-    if recipe.task == "vae" or recipe.data.cache is not None:
+def resident_bytes(recipe: Recipe, dtype: torch.dtype) -> float | None:
+    """Bytes of the VAE and the text encoders of a run, which every process holds while the transformer computes; None
+    where their folders are not here. With ``encoders.interval`` they are on the host then, and with ``data.cache`` gone
+    but for a VAE that is used at each step."""
+    if recipe.task == "vae" or recipe.encoders.interval is not None:
         return 0.0
-    folders = [f for f in (recipe.vae, recipe.text.t5, recipe.text.clip) if f is not None]
+    encoders = [recipe.text.t5, recipe.text.clip] if recipe.data.cache is None else []
+    vae = [recipe.vae] if encoders or SYSTEMS[recipe.system].needs_video(model_config(recipe)) else []
+    folders = [folder for folder in (*vae, *encoders) if folder is not None]
     if not all(folder.is_dir() for folder in folders):
         return None
-    return float(sum(f.stat().st_size for folder in folders for f in weights_folder(folder).glob("*.safetensors")))
+    files = [file for folder in folders for file in weights_folder(folder).glob("*.safetensors")]
+    whole = [file for file in files if "." not in file.stem]  # others are copies, such as model.fp16.safetensors
+    return float(sum(math.prod(t.shape) for file in whole for t in read_safetensors(file).values()) * dtype.itemsize)

@@ -173,8 +173,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=float, help="default: what the model was trained on")
     parser.add_argument("--tile-size", type=int, metavar="N", help="decode in tiles of this many pixels")
     parser.add_argument("--tile-frames", type=int, metavar="N", help="and of this many frames (Open-Sora 2.0)")
-    others = "also --t5, --clip; default: the model's own"
-    for name, what in (("vae", others), ("t5", argparse.SUPPRESS), ("clip", argparse.SUPPRESS)):
+    others = "also --t5, --clip, --lora; default: the model's own"
+    for name, what in (("vae", others), *((part, argparse.SUPPRESS) for part in ("t5", "clip", "lora"))):
         parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=what)
     parser.add_argument(
         "--refine-prompts", type=Path, dest="refiner", metavar="FOLDER", help="language model that rewrites the prompts"

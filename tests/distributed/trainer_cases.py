@@ -190,15 +190,24 @@ def adapters(group: Group, values: dict[str, Any]) -> dict[str, Any]:
     with mock.patch.object(loop._Run, "train", watched):
         run(values, {"output": str(output / "many"), "training": {"steps": 1}}, {})
         run(values, {"output": str(output / "many")}, {})
+        one = {"training": {"accumulation": 4, "steps": 1}}
+        on_rank_0(lambda: run(values, {"output": str(output / "one first"), **one}, None)["step"])
+        run(values, {"output": str(output / "one first")}, {})
+        run(values, {"output": str(output / "one last"), "training": {"steps": 1}}, {})
     model, state = runs[-1].task.model, runs[-1].optimizer.full_state()
     found: dict[str, Any] = {
         "frozen": all(torch.equal(local(p), before[n]) for n, p in model.named_parameters() if not p.requires_grad),
         "only adapters have state": all("lora_" in name for name in state) and len(state) > 4,
     }
-    on_rank_0(lambda: run(values, {"output": str(output / "one"), "training": {"accumulation": 4}}, None)["step"])
-    for part in ("model", "ema"):
-        files = [output / n / "step_00000002" / part / "adapter_model.safetensors" for n in ("many", "one")]
-        found[part] = difference(*files)
-    found["loss"] = max(abs(a - b) for a, b in zip(losses(output / "many"), losses(output / "one"), strict=True))
+    for name in ("one", "one last"):
+        on_rank_0(
+            lambda n=name: run(values, {"output": str(output / n), "training": {"accumulation": 4}}, None)["step"]
+        )
+    for name in ("many", "one first", "one last"):
+        for part in ("model", "ema"):
+            files = [output / n / "step_00000002" / part / "adapter_model.safetensors" for n in (name, "one")]
+            found[f"{name} {part}"] = difference(*files)
+        both = zip(losses(output / name), losses(output / "one"), strict=True)
+        found[f"{name} loss"] = max(abs(a - b) for a, b in both)
     dist.barrier()
     return found

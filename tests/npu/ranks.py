@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401
 from torch import Tensor
 
-from tests.distributed.cases import compare, draw_problem, placed
+from tests.distributed.attention_cases import compare, draw_problem, placed
 from vidgen.ops import context_parallel as cp
 
 from .emulator import NpuEmulator

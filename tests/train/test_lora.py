@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: only they are trained, and their files are those of peft."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
 
 from vidgen.checkpoints.convert import convert  # noqa: E402
 from vidgen.config import ConfigError  # noqa: E402
+from vidgen.data.video import open_video  # noqa: E402
 from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT, preset  # noqa: E402
+from vidgen.pipelines.adapters import load_transformer  # noqa: E402
+from vidgen.pipelines.folders import find_parts  # noqa: E402
+from vidgen.pipelines.text_to_video import SampleSettings, sample_videos  # noqa: E402
 from vidgen.train import loop  # noqa: E402
 from vidgen.train.loop import train  # noqa: E402
 from vidgen.train.lora import Lora, add_adapters  # noqa: E402
@@ -89,6 +96,47 @@ def test_files_are_read_by_peft_and_merged_by_convert(recipe_of, base, tmp_path,
     convert(base, tmp_path / "merged", "hf", lora=folder)
     merged = SparseUMMDiT.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(outputs(merged), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_adds_the_adapters(recipe_of, base, tmp_path):
+    """To the model that they were trained beside, or to one that is named: as if they had been merged."""
+    recipe = recipe_of(optimizer={"lr": 0.1})
+    train(recipe)
+    folder = recipe.output / "step_00000002" / "ema"
+    convert(base, tmp_path / "merged", "hf", lora=folder)
+    settings = SampleSettings(steps=2, frames=9, height=16, width=16, device="cpu", guidance=1.5, precision="bf16")
+    parts = {"vae": recipe.vae, "t5": recipe.text.t5, "clip": recipe.text.clip}
+
+    def video(model: Path, **changes: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        (facts,) = sample_videos(model, ["a cat"], output, replace(settings, **changes))
+        with open_video(facts["video"]) as reader:
+            return reader.frames(range(9)), facts
+
+    merged, _ = video(tmp_path / "merged", **parts)
+    for lora in (folder, recipe.output):
+        assert torch.equal(video(base, lora=lora, **parts)[0], merged)
+    assert not torch.equal(video(base, **parts)[0], merged)
+    _, facts = video(recipe.output)
+    assert (facts["model"], facts["lora"]) == (str(base), str(folder))
+    merged_model = SparseUMMDiT.from_pretrained(tmp_path / "merged")
+    ours = load_transformer(SparseUMMDiT, find_parts(recipe.output), torch.float32, torch.device("cpu"))
+    for name, weight in merged_model.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+
+
+def test_adapters_that_cannot_be_added(recipe_of, base, tmp_path):
+    with pytest.raises(ValueError, match=r"lora: .*: no adapter_config.json there, and no run"):
+        find_parts(base, vae=tmp_path, t5=tmp_path, clip=tmp_path, lora=tmp_path)
+    train(recipe_of(training={"steps": 1}))
+    parts = find_parts(tmp_path / "run")
+    assert parts.lora is not None
+    other = SparseUMMDiT(preset("tiny", num_heads=1, in_channels=4, out_channels=4, caption_channels=20))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="do not fit the base"):
+        load_transformer(
+            SparseUMMDiT, replace(parts, transformer=tmp_path / "other"), torch.float32, torch.device("cpu")
+        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -378,6 +378,19 @@ def _meta_model(model: Model, values: Mapping[str, Any] | None, names: Sequence[
 # Adapters
 
 
+def adapted_weights(base: Path, path: Path) -> State:
+    """The weights of the model folder ``base`` with the adapters in ``path`` added, of the layers that these change.
+
+    Raises:
+        ValueError: adapters of another model, that do not fit, or that do not say their alpha.
+    """
+    opened = open_source(base)
+    name, naming = recognise(opened.names())
+    model = MODELS[name]
+    state = _in_ours(merged(opened, model, naming), model, naming, _meta_model(model, opened.config, opened.names()))
+    return {key: weight for key, weight in _with_adapters(state, name, path, None).items() if weight is not state[key]}
+
+
 def _with_adapters(state: State, name: str, path: Path, alpha: float | None) -> State:
     """``state`` with the adapters in ``path`` added, whichever naming they have."""
     model = MODELS[name]

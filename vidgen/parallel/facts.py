@@ -104,8 +104,8 @@ class ModelFacts:
         recomputed: blocks are computed again in the backward pass.
         states: float32 numbers that the optimizer keeps for each trainable parameter.
         input_bytes: latents, noise, target and text, which every process of a sample has whole.
-        resident_bytes: weights of the VAE and the text encoders, which every process has whole while the model computes;
-            None: not known, and not counted.
+        resident_bytes: weights of the VAE and the text encoders, which every process has whole while the model
+            computes; None: not known, and not counted.
     """
 
     name: str

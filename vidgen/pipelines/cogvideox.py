@@ -27,6 +27,7 @@ from vidgen.models.autoencoders.cogvideox_vae_config import CogVideoXVAEConfig
 from vidgen.models.cogvideox import CogVideoXConfig, CogVideoXTransformer3DModel
 from vidgen.models.text import T5TextEncoder
 
+from . import adapters
 from .folders import Parts, needed
 from .parallel import decode_stream
 from .references import is_image, read_reference
@@ -126,7 +127,7 @@ def transformer_class(parts: Parts) -> type[CogVideoXTransformer3DModel]:
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel.from_pretrained(parts.transformer, dtype=dtype, device=device)
+    return adapters.load_transformer(CogVideoXTransformer3DModel, parts, dtype, device)
 
 
 def conditioned(job: Job, request: Request) -> bool:

@@ -21,7 +21,8 @@ from vidgen.io import newest_valid, read_json, write_json
 T = TypeVar("T")
 
 PIPELINE = "pipeline.json"
-PARTS = ("transformer", "vae", "t5", "clip")
+ADAPTERS = "adapter_config.json"
+PARTS = ("transformer", "vae", "t5", "clip", "lora")
 LAYOUT = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "text_encoder_2"}
 TOKENIZERS = {"t5": "tokenizer", "clip": "tokenizer_2"}
 # The class of the transformer, as its config.json names it, and the system that it belongs to.
@@ -49,6 +50,7 @@ class Parts:
     vae: Path | None = None
     t5: Path | None = None
     clip: Path | None = None
+    lora: Path | None = None  # adapters for the transformer, in peft's files
     system: str = "opensora_plan_v1_5"
     num_frames: int = 121
     height: int = 576
@@ -70,7 +72,8 @@ def find_parts(model: str | Path, **given: Path | None) -> Parts:
     """The parts of a model: a run (its newest good checkpoint), a checkpoint, or a model folder.
 
     Args:
-        given: folders of ``vae``, ``t5`` and ``clip`` to use instead of the model's own.
+        given: folders of ``vae``, ``t5``, ``clip`` and ``lora`` (adapters, or the run that trained them) to use instead
+            of the model's own.
 
     Raises:
         ValueError: no such folder, nothing in it that is known, or a part that is missing.
@@ -99,7 +102,8 @@ def find_parts(model: str | Path, **given: Path | None) -> Parts:
         if not getattr(parts, name).is_dir():
             raise ValueError(f"model: the folder of its {name}, {getattr(parts, name)}, does not exist; give --{name}")
     assert parts.vae is not None
-    return replace(parts, vae=weights_folder(parts.vae))
+    lora = None if parts.lora is None else adapters_folder(parts.lora)
+    return replace(parts, vae=weights_folder(parts.vae), lora=lora)
 
 
 def released(transformer: Path) -> Parts:
@@ -165,6 +169,20 @@ def weights_folder(path: str | Path, part: str = "ema") -> Path:
         if folder is not None and is_distributed(folder):
             raise ValueError(_only_shards(folder))
     raise ValueError(f"{path}: no model there, and no run with a checkpoint")
+
+
+def adapters_folder(path: Path) -> Path:
+    """The folder of adapters that ``path`` stands for: itself, or that of the newest good checkpoint of that run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    newest = newest_valid(path) if path.is_dir() else None
+    for folder in (path, newest):
+        for candidate in (folder, folder / "ema", folder / "model") if folder is not None else ():
+            if (candidate / ADAPTERS).is_file():
+                return candidate
+    raise ValueError(f"lora: {path}: no {ADAPTERS} there, and no run with a checkpoint that has one")
 
 
 def _only_shards(checkpoint: Path) -> str:

@@ -27,6 +27,7 @@ from vidgen.models.autoencoders.wfvae import WFVAE
 from vidgen.models.opensora_plan_v1_3 import OpenSoraConfig, OpenSoraInpaint_v1_3, OpenSoraT2V_v1_3
 from vidgen.models.text import OPENSORA_PLAN_V1_3_NEGATIVE_PROMPT, T5TextEncoder
 
+from . import adapters
 from .folders import Parts, needed
 from .references import is_image, read_reference
 from .settings import Job, Request, size_problems
@@ -119,7 +120,7 @@ def texts(job: Job, request: Request) -> tuple[str, str]:
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> OpenSoraT2V_v1_3:
-    return transformer_class(parts).from_pretrained(parts.transformer, dtype=dtype, device=device)
+    return adapters.load_transformer(transformer_class(parts), parts, dtype, device)
 
 
 def conditioned(job: Job, request: Request) -> bool:

@@ -13,6 +13,7 @@ from vidgen.diffusion import sample, shifted_linear_schedule
 from vidgen.models.opensora_plan_v1_5 import SparseUMMDiT
 from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, clean_caption
 
+from . import adapters
 from .folders import Parts, needed
 from .settings import Job, Request, size_problems
 from .wfvae import decode as decode
@@ -68,7 +69,7 @@ def transformer_class(parts: Parts) -> type[SparseUMMDiT]:
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> SparseUMMDiT:
-    return SparseUMMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
+    return adapters.load_transformer(SparseUMMDiT, parts, dtype, device)
 
 
 def conditioned(job: Job, request: Request) -> bool:

@@ -27,6 +27,7 @@ from vidgen.models.autoencoders.hunyuan_vae_config import DIFFUSERS_CLASS, Hunyu
 from vidgen.models.opensora_v2 import MMDiT, MMDiTConfig
 from vidgen.models.text import CLIPTextEncoder, T5TextEncoder, opensora_v2_prompt
 
+from . import adapters
 from .folders import Parts, needed
 from .parallel import decode_stream
 from .references import is_image, read_reference
@@ -165,7 +166,7 @@ def transformer_class(parts: Parts) -> type[MMDiT]:
 
 
 def load_transformer(parts: Parts, dtype: torch.dtype, device: torch.device) -> MMDiT:
-    return MMDiT.from_pretrained(parts.transformer, dtype=dtype, device=device)
+    return adapters.load_transformer(MMDiT, parts, dtype, device)
 
 
 def conditioned(job: Job, request: Request) -> bool:

@@ -25,6 +25,7 @@ class SampleSettings:
         frames, height, width: of the video, as the model's VAE and patches allow.
         precision: of transformer and VAE, "fp32" or "bf16".
         vae, t5, clip: folders to use instead of the model's own; ``t5`` is the mT5 of Open-Sora Plan 1.3.
+        lora: folder of adapters, in peft's files, for the transformer, or the run that trained them.
         batch_size: requests that pass the transformer together; a video does not depend on it.
         tile_size: side of the spatial tiles of the VAE's decoder in pixels; None decodes as the VAE's folder says.
         steps: of the sampler.
@@ -61,6 +62,7 @@ class SampleSettings:
     vae: Path | None = None
     t5: Path | None = None
     clip: Path | None = None
+    lora: Path | None = None
     batch_size: int = 1
     tile_size: int | None = None
     sampler: str | None = None
@@ -80,8 +82,8 @@ class SampleSettings:
 PIXELS_AT_ONCE = 1 << 18  # decoded together, where that is more than two frames of latent
 # Those that every system has.
 COMMON = (
-    *("seed", "frames", "height", "width", "fps", "device", "precision", "vae", "t5", "clip", "batch_size"),
-    "tile_size",
+    *("seed", "frames", "height", "width", "fps", "device", "precision", "vae", "t5", "clip", "lora"),
+    *("batch_size", "tile_size"),
 )
 
 

@@ -35,7 +35,7 @@ from vidgen.io import atomic_path, write_json
 from vidgen.models.text import PromptRefiner
 
 from . import cogvideox, opensora_plan_v1_3, opensora_plan_v1_5, opensora_v2
-from .folders import find_parts, needed
+from .folders import PARTS, find_parts, needed
 from .parallel import Crew, Spread, crew_of, in_lockstep, load_transformer
 from .parallel import problems as spread_problems
 from .prompts import read_prompts
@@ -58,7 +58,7 @@ def describe_sample(
 ) -> dict[str, Any]:
     """What `sample_videos` would do, without loading weights: system, folders, settings and shapes."""
     job = plan(model, settings, as_requests(prompts))
-    parts = {name: getattr(job.parts, name) for name in ("transformer", "vae", "t5", "clip")}
+    parts = {name: getattr(job.parts, name) for name in PARTS}
     return {
         "system": job.parts.system,
         "settings": facts_of(job),
@@ -165,7 +165,7 @@ def plan(
 
     ``device`` is the one of this process; None: what the settings say.
     """
-    parts = find_parts(model, vae=settings.vae, t5=settings.t5, clip=settings.clip)
+    parts = find_parts(model, vae=settings.vae, t5=settings.t5, clip=settings.clip, lora=settings.lora)
     system = SYSTEMS[parts.system]
     device = device or devices.resolve(settings.device)
     job = Job(
@@ -367,6 +367,7 @@ def facts_about(job: Job, request: Request, index: int) -> dict[str, Any]:
         "model": str(job.parts.transformer),
         "model_config_sha256": hashlib.sha256((job.parts.transformer / "config.json").read_bytes()).hexdigest(),
         "vae": str(job.parts.vae),
+        "lora": job.parts.lora and str(job.parts.lora),
         "versions": {"vidgen": __version__, "torch": torch.__version__},
         "device": devices.describe(job.device),
     }

@@ -95,6 +95,11 @@ class Adapters:
         return {name: p.detach() for name, p in self.named_parameters()}
 
 
+def file_name(name: str) -> str:
+    """What an adapter is called in peft's files."""
+    return PREFIX + name.replace(ADAPTER, "")
+
+
 def save(folder: Path, adapters: Mapping[str, Tensor], lora: Lora, base: Any) -> None:
     """Write a folder that peft reads.
 
@@ -103,7 +108,7 @@ def save(folder: Path, adapters: Mapping[str, Tensor], lora: Lora, base: Any) ->
         base: the folder of the weights that they belong to, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / FILE, {PREFIX + name.replace(ADAPTER, ""): t for name, t in adapters.items()})
+    write_safetensors(folder / FILE, {file_name(name): t for name, t in adapters.items()})
     values = {
         "peft_type": "LORA",
         "r": lora.rank,
@@ -120,7 +125,7 @@ def save(folder: Path, adapters: Mapping[str, Tensor], lora: Lora, base: Any) ->
 @torch.no_grad()
 def load(model: nn.Module, folder: Path) -> None:
     """Fill the adapters of a model from what :func:`save` wrote. Raises ValueError where they are others."""
-    wanted = {PREFIX + name.replace(ADAPTER, ""): p for name, p in Adapters(model).named_parameters()}
+    wanted = {file_name(name): p for name, p in Adapters(model).named_parameters()}
     found = read_safetensors(folder / FILE)
     if problems := misfits(wanted, found):
         raise ValueError(f"lora: the adapters in {folder} are not those of the recipe\n" + "\n".join(problems))

@@ -46,7 +46,7 @@ from vidgen.checkpoints.distributed import (
 from vidgen.checkpoints.hf import PretrainedModel, load_state_dict, misfits
 from vidgen.parallel.agree import all_true, together
 
-from . import checkpoint
+from . import checkpoint, lora
 from .optimizer import EMAAdamW
 
 logger = logging.getLogger(__name__)
@@ -432,7 +432,7 @@ class OneProcess:
         from safetensors.torch import load_file
 
         self.folder = folder
-        self.tensors = {MODEL + name: t for name, t in load_state_dict(folder / "model").items()}
+        self.tensors = {MODEL + name: t for name, t in self._weights(names).items()}
         groups = io.read_json(folder / GROUPS_FILE)
         indices = [index for group in groups for index in group["params"]]
         if len(indices) != len(names):
@@ -442,6 +442,14 @@ class OneProcess:
             index, _, part = key.partition(".")
             self.tensors[f"{OPTIMIZER}{by_index[int(index)]}/{part}"] = t
         self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    def _weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Of the model, or of the adapters ``names`` under the names that they have in it."""
+        file = self.folder / "model" / lora.FILE
+        if not file.is_file():
+            return load_state_dict(self.folder / "model")
+        ours = {lora.file_name(name): name for name in names}
+        return {ours.get(name, name): t for name, t in load_state_dict(file).items()}
 
     def read(self, targets: Mapping[str, Pieces]) -> None:
         for name, pieces in targets.items():

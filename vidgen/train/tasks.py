@@ -389,8 +389,11 @@ def parts_of(recipe: Recipe) -> Parts:
     if recipe.vae is None or any(getattr(text, name) is None for name in NEEDED[recipe.system] if name != "vae"):
         names = ", ".join(name if name == "vae" else f"text.{name}" for name in NEEDED[recipe.system])
         raise ValueError(f"recipe: training a dit needs {names}")
+    own, pretrained = Path("model" if recipe.optimizer.ema_decay is None else "ema"), recipe.model.get("pretrained")
+    adapters = recipe.lora is not None and pretrained is not None
     return Parts(
-        transformer=Path("model" if recipe.optimizer.ema_decay is None else "ema"),
+        transformer=weights_folder(needed(pretrained)).resolve() if adapters else own,
+        lora=own if adapters else None,
         vae=weights_folder(recipe.vae).resolve(),
         t5=text.t5 and text.t5.resolve(),
         clip=text.clip and text.clip.resolve(),

@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 
+from .agree import together
 from .layout import Layout, Parallel
 from .pipeline_stages import all_chunks, micro_batch_problems, own_chunks
 
@@ -147,12 +148,15 @@ class Pipeline:
 
     def _refuse(self, problem: str | None, bucket: str | None) -> None:
         """Raise the same error on all ranks: what one of them found, or in what the stages differ."""
-        found: list[Any] = [None] * self.layout.size("world")
-        dist.all_gather_object(found, (problem, self.layout.rank("pipeline"), bucket), self.layout.group("world"))
         self.inputs = {}
-        if texts := dict.fromkeys(text for text, _, _ in found if text is not None):
-            raise ValueError("; ".join(texts))
-        stages = dict.fromkeys(f"stage {stage}: {shapes}" for _, stage, shapes in found if shapes is not None)
+
+        def own_shapes() -> tuple[int, str | None]:
+            if problem is not None:
+                raise ValueError(problem)
+            return self.layout.rank("pipeline"), bucket
+
+        found = together(own_shapes, self.layout.group("world"))
+        stages = dict.fromkeys(f"stage {stage}: {shapes}" for stage, shapes in found if shapes is not None)
         raise ValueError(f"pipeline: all stages must have the same shapes, got {'; '.join(stages)}")
 
     # Shapes and schedules

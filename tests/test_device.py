@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,6 +69,16 @@ def test_dtypes_of_accelerators(monkeypatch):
     assert device.why_not_dtype(cuda, torch.float8_e4m3fn) == "cuda does not compute in float8_e4m3fn"
     monkeypatch.setattr(device, "_module", lambda kind: Accelerator("NVIDIA H100 80GB HBM3", bf16=True))
     assert device.compute_dtype(cuda, "bf16") == torch.bfloat16
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_of_the_program_alone():
+    """Not of the one that started it."""
+    child = "from vidgen import device; import torch; print(device.peak_memory_bytes(torch.device('cpu')))"
+    parent = f"import subprocess, sys; b = b'1' * 2**31; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True)
+    assert 2**26 < int(found.stdout) < 2**30
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,15 @@ import torch
 from vidgen.checkpoints.lazy import Lazy, write_safetensors
 
 MEASURED = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from vidgen.checkpoints.convert import MODELS, convert
 import vidgen.models.opensora_plan_v1_3.mindspeed_mm, safetensors.torch, numpy
 import torch
+from vidgen.device import peak_memory_bytes
 torch.save({"a": torch.zeros(9)}, sys.argv[2] + "/warm.pt")
 convert(sys.argv[1], sys.argv[2] + "/warm", "mindspeed-mm", dry_run=True)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: peak_memory_bytes(torch.device("cpu"))
 steps = {}
 before = peak()
 for name, source, to, options in json.loads(sys.argv[3]):

@@ -10,9 +10,10 @@ import textwrap
 import pytest
 
 PROGRAM = textwrap.dedent("""
-    import json, resource, sys
+    import json, sys
     from pathlib import Path
     import torch
+    from vidgen.device import peak_memory_bytes
     from vidgen.models import autoencoders
     from vidgen.models.autoencoders import cogvideox_vae_config, hunyuan_vae_config
     from vidgen.pipelines.folders import Parts
@@ -31,7 +32,7 @@ PROGRAM = textwrap.dedent("""
     channels = getattr(config, "latent_dim", None) or config.latent_channels
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_memory_bytes(torch.device("cpu")) / 2**20
 
     def run(frames):
         settings = SampleSettings(tile_frames=32)

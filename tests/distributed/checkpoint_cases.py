@@ -453,9 +453,9 @@ LEGS: list[tuple[dict[str, Any] | None, int]] = [
 ]
 
 
+@mock.patch.object(loop, "build_task", Drawn)
 def resumed(group: Group, folder: Path, system: str) -> dict[str, float]:
     """Runs of the trainer that go on from each other's checkpoints on other layouts, against one that does not stop."""
-    loop.build_task = lambda *args: Drawn(*args)  # type: ignore[assignment]
     on_rank_0(lambda: make_model(system, **SIZES[system]).save_pretrained(folder / "weights"))
 
     def recipe(output: str, steps: int, accumulation: int) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -85,13 +86,13 @@ def recipe_of(system: str, folder: Path, output: str, accumulation: int) -> Reci
     )
 
 
+@mock.patch.object(loop, "build_task", Drawn)
 def compare(
     group: dist.ProcessGroup, system: str, parallel: dict[str, Any], folder: Path, accumulation: int = 1
 ) -> dict[str, float]:
     """Largest differences after three optimizer steps: of the losses, of the weights and their averages, of the
     gradients' running mean (relative to its largest element), and of the output with these weights."""
     section = Parallel(**parallel)
-    loop.build_task = lambda *args: Drawn(*args)  # type: ignore[assignment]
     model = make_model(system, **SIZES[system])
     on_rank_0(lambda: model.save_pretrained(folder / "weights"))
     recipe = recipe_of(system, folder, "many", accumulation)

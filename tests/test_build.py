@@ -93,7 +93,14 @@ def lower_capabilities():
     return [*({"ATEN_CPU_CAPABILITY": name} for name in below), {"VIDGEN_NATIVE": "0"}]
 
 
-@pytest.mark.parametrize("environment", lower_capabilities(), ids=lambda e: "-".join(e.values()))
+def each_lower_capability():
+    """The lowest instruction set is slow."""
+    for environment in lower_capabilities():
+        marks = [pytest.mark.slow] if "default" in environment.values() else []
+        yield pytest.param(environment, marks=marks, id="-".join(environment.values()))
+
+
+@pytest.mark.parametrize("environment", each_lower_capability())
 def test_battery_passes_under_other_instruction_sets_and_without_the_library(environment):
     if ops.native_status is not None:
         pytest.skip("no compiled kernels here: the battery itself already ran on the references")

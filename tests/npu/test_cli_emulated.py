@@ -22,7 +22,7 @@ def test_autoencoder(npu: Worker, tmp_path: Path) -> None:
     npu.run("cases_cli.autoencoder", folder=str(tmp_path))
 
 
-@pytest.mark.parametrize("system", ["opensora_plan_v1_5", "cogvideox"])
+@pytest.mark.parametrize("system", ["opensora_plan_v1_5", pytest.param("cogvideox", marks=pytest.mark.slow)])
 def test_bfloat16_with_the_profiler(npu: Worker, tmp_path: Path, system: str) -> None:
     npu.run("cases_cli.bfloat16", system=system, folder=str(tmp_path))
 

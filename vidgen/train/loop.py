@@ -13,10 +13,11 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,11 @@ from vidgen import device as devices
 from vidgen.checkpoints.distributed import is_distributed
 from vidgen.io import lock_directory, write_json
 from vidgen.parallel import Layout, Parallel, launch
-from vidgen.parallel.pipeline import Pipeline
 from vidgen.parallel.sharding import local, sum_over_tensor
 from vidgen.parallel.tensor import row_order
 from vidgen.parallel.watchdog import Watchdog
 
-from . import checkpoint, lora, pipelined, sharded_checkpoint, skipped
+from . import checkpoint, lora, sharded_checkpoint, skipped
 from .encoding import micro_batches
 from .errors import TrainingStopped
 from .facts import require_legal
@@ -47,6 +47,9 @@ from .sharded_model import build_sharded, build_unfilled, saved_part, trained_na
 from .sharded_optimizer import ShardedEMAAdamW
 from .steps import forward_backward, learning_rate, step_seed
 from .tasks import Task, build_task
+
+if TYPE_CHECKING:
+    from vidgen.parallel.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,9 @@ def train(
             for warning in require_legal(recipe, ranks.layout.size("world")):
                 if ranks.is_first:
                     logger.warning(warning)
+            # FSDP2 warns of results that are views, which must not be changed in place; here nothing changes them.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         ranks.on_first(lambda: stack.enter_context(lock_directory(recipe.output)))
         terminated = stack.enter_context(_sigterm())
         watchdog = stack.enter_context(_watchdog(recipe, ranks))
@@ -184,6 +190,8 @@ class _Run:
     def _pipeline(self) -> Pipeline | None:
         if self.layout is None or self.layout.size("pipeline") == 1:
             return None
+        from vidgen.parallel.pipeline import Pipeline  # takes a second, for torch._dynamo
+
         return Pipeline(self.task.model, self.layout, self.recipe.parallel or Parallel(), self.device)
 
     # Checkpoints
@@ -367,6 +375,8 @@ class _Run:
         if self.pipeline is None:
             loss, parts = forward_backward(self.task, batches, seeds, divisor, self.layout)
         else:
+            from . import pipelined
+
             loss, parts = pipelined.forward_backward(self.task, self.pipeline, batches, seeds, divisor, self.ranks)
         if self.layout is not None:
             sum_over_tensor(self.parameters, self.layout)

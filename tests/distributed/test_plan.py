@@ -339,6 +339,9 @@ def test_search(system: str, world: int) -> None:
     assert times == sorted(times)
     modes = {c.parallel.skiparse for c in plan.costs}
     assert ("groups" in modes) == (system in SPARSE and world > 1)
+    for pipeline in {c.parallel.pipeline for c in plan.costs} - {1}:  # also with two virtual stages
+        rows = {len(c.parallel.stage_rows) for c in plan.costs if c.parallel.pipeline == pipeline}
+        assert rows == ({0, 2} if facts.shape.blocks >= 2 * pipeline else {0}), pipeline
     considered = len(plan.costs) + sum(count for count, _ in plan.refused.values())
     assert considered == len(list(planning.combinations(facts.shape, world, Parallel())))
 

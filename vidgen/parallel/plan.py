@@ -204,7 +204,8 @@ def search(
 
 
 def combinations(shape: ModelShape, world: int, base: Parallel) -> Iterator[Parallel]:
-    """All ordered factorizations of the number of processes, for a model without tokens those into two."""
+    """All ordered factorizations of the number of processes, for a model without tokens those into two; pipelines with
+    one chunk of blocks on each stage and with two."""
     kinds: list[Any] = ["heads", "groups"] if len(set(shape.ratios)) > 1 else ["heads"]
     spread = DIMS if shape.heads else ("replicate", "shard")
     for factors in factorizations(world, len(spread)):
@@ -212,7 +213,16 @@ def combinations(shape: ModelShape, world: int, base: Parallel) -> Iterator[Para
         for skiparse in kinds:
             if skiparse == "groups" and (sizes["ring"] > 1 or sizes["tensor"] > 1 or sizes["ulysses"] == 1):
                 continue
-            yield replace(base, **{**sizes, "skiparse": skiparse, "stages": [], "window": 1})
+            for stages in stage_lists(shape, sizes["pipeline"], base.schedule):
+                yield replace(base, **{**sizes, "skiparse": skiparse, "stages": stages, "window": 1})
+
+
+def stage_lists(shape: ModelShape, pipeline: int, schedule: str) -> Iterator[list[list[int]]]:
+    """Blocks divided evenly over the stages, and over two virtual stages of each where there are enough blocks."""
+    yield []
+    if pipeline > 1 and schedule == "1f1b" and shape.blocks >= 2 * pipeline:
+        counts = list(cp.shard_sizes(shape.blocks, 2 * pipeline))
+        yield [counts[:pipeline], counts[pipeline:]]
 
 
 def factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -292,8 +302,10 @@ def row(plan: Plan, c: Cost) -> dict[str, str]:
     """A line of the table; memory in GB a process, ``compute``: its share of the step."""
     named = ("parameters", "gradients", "optimizer", "activations")
     other = sum(n for name, n in c.memory.items() if name not in named)
+    rows = len(c.parallel.stage_rows)  # of virtual stages
     return {
         **{name: str(c.sizes[name]) for name in DIMS},
+        "pipeline": " x ".join([str(c.sizes["pipeline"]), *([str(rows)] if rows > 1 else [])]),
         "skiparse": c.parallel.skiparse if len(set(plan.facts.shape.ratios)) > 1 else "-",
         "samples": str(c.samples),
         **{name: gb(c.memory[name]) for name in named},
@@ -360,7 +372,8 @@ def recommendation(plan: Plan) -> str:
 def section(c: Cost) -> dict[str, Any]:
     """What to write into a recipe."""
     sizes = {name: c.sizes[name] for name in DIMS if c.sizes[name] > 1 or name == "shard"}
-    return sizes | ({"skiparse": c.parallel.skiparse} if c.parallel.skiparse != "heads" else {})
+    others = {"skiparse": c.parallel.skiparse if c.parallel.skiparse != "heads" else None, "stages": c.parallel.stages}
+    return sizes | {name: value for name, value in others.items() if value}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -384,6 +397,7 @@ def cost_as_json(plan: Plan, c: Cost) -> dict[str, Any]:
     return {
         "sizes": c.sizes,
         "skiparse": c.parallel.skiparse,
+        "stages": c.parallel.stages,
         "samples": c.samples,
         "accumulation": c.accumulation,
         "fits": plan.fits(c),

@@ -7,13 +7,17 @@ import pytest
 
 from .worker import Worker
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize("system", ["opensora_plan_v1_3", "opensora_plan_v1_5", "opensora_v2", "cogvideox"])
 def test_train_resume_sample(npu: Worker, tmp_path: Path, system: str) -> None:
     npu.run("cases_cli.train_resume_sample", system=system, folder=str(tmp_path))
 
 
-@pytest.mark.parametrize("system", ["opensora_plan_v1_3", "opensora_v2", "cogvideox"])
+@pytest.mark.parametrize(
+    "system", ["opensora_v2", *(pytest.param(s, marks=SLOW) for s in ("opensora_plan_v1_3", "cogvideox"))]
+)
 def test_image_to_video(npu: Worker, tmp_path: Path, system: str) -> None:
     npu.run("cases_cli.image_to_video", system=system, folder=str(tmp_path))
 
@@ -22,7 +26,7 @@ def test_autoencoder(npu: Worker, tmp_path: Path) -> None:
     npu.run("cases_cli.autoencoder", folder=str(tmp_path))
 
 
-@pytest.mark.parametrize("system", ["opensora_plan_v1_5", pytest.param("cogvideox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("system", ["opensora_plan_v1_5", pytest.param("cogvideox", marks=SLOW)])
 def test_bfloat16_with_the_profiler(npu: Worker, tmp_path: Path, system: str) -> None:
     npu.run("cases_cli.bfloat16", system=system, folder=str(tmp_path))
 

@@ -27,6 +27,8 @@ TRANSFORMERS = {
         ("1.5-5b-i2v", 5_571_594_880, (81, 768, 1360), False),
     ],
 }
+# Forward alone, of models that others here are like.
+SLOW = {("released", "93x352x640"), ("released", "129x768x768"), ("5b", "121x576x1024"), ("1.5-5b-i2v", "81x768x1360")}
 # what of torch_npu each has to reach beside attention
 ROTATED = {"npu::npu_rotary_mul"}
 FUSED = {
@@ -40,7 +42,8 @@ FUSED = {
 def case(system: str, *values: Any) -> Any:
     """Named by what is text or a size."""
     words = ["x".join(map(str, v)) if isinstance(v, tuple) else v for v in values if isinstance(v, (str, tuple))]
-    return pytest.param(system, *values, id="-".join([system, *words]))
+    marks = [pytest.mark.slow] if (words[0], words[-1]) in SLOW else []
+    return pytest.param(system, *values, id="-".join([system, *words]), marks=marks)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def lines(folder):
     return (folder / "cases.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_report_from_a_cpu(tmp_path):
     only = ("dispatch/haar_2d/float32/*", "values/haar_2d/cpu_cpp/*", "bench/haar_2d/fl*", "models/cogvideox/tran*/fl*")
     arguments = ["--device", "cpu", "--output", tmp_path, *(word for name in only for word in ("--only", name))]

@@ -24,14 +24,7 @@ def triton():
         pytest.skip(missing)
 
 
-# Its kernel is that of skiparse_attention, and its log-sum-exp is what the gradients begin with, which stay.
-SLOW = ("skiparse_attention_lse",)
-
-
-@pytest.mark.parametrize(
-    "op",
-    [pytest.param(op, marks=[pytest.mark.slow] if op in SLOW else []) for op in sorted(backend.MODULES, reverse=True)],
-)  # the longest first
+@pytest.mark.parametrize("op", sorted(backend.MODULES, reverse=True))  # the longest first
 def test_battery_in_the_interpreter(op):
     settings = {"TRITON_INTERPRET": "1", "VIDGEN_NATIVE": "0", "OMP_NUM_THREADS": "1", "OP": op}
     environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}

@@ -465,6 +465,9 @@ def test_encoders_that_stay_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
         assert found["combinations"], options
         for each in found["combinations"]:
             assert each["memory_bytes"]["encoders"] == pytest.approx(wanted, rel=0.02), options
+    (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "clip" / "model.fp16.safetensors")
+    assert facts_of(load_recipe(RECIPE, command[4:])).resident_bytes is None
+    (tmp_path / "clip" / "model.fp16.safetensors").rename(tmp_path / "clip" / "model.safetensors")
     assert cli.main([*command, "--device-memory", "1e-6"]) == 0
     assert "encoders.interval" in capsys.readouterr().out.splitlines()[-1]
 

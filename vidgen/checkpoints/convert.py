@@ -412,7 +412,7 @@ def _alpha(path: Path, alpha: float | None) -> float:
     file = path / ADAPTER_CONFIG
     values = io.read_json(file) if file.is_file() else None
     if not isinstance(values, dict) or not isinstance(values.get("lora_alpha"), (int, float)):
-        raise ValueError(f"{path} does not say its alpha: give it with --lora-alpha")
+        raise ValueError(f"{path} does not say its alpha: give it to vidgen convert with --lora-alpha")
     special = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if values.get(key)]
     if special:
         raise ValueError(f"{file} sets {', '.join(special)}, which cannot be merged here")

@@ -15,6 +15,10 @@ from .pipeline_stages import micro_batch_problems, stage_problems
 from .timing import Cost, Machine, cost
 
 ENCODERS_AWAY = "encoders.interval, which moves the VAE and the text encoders away"
+LESS_MEMORY = {
+    **dict.fromkeys(("activations", "working"), "more ring, ulysses, tensor or checkpointing"),
+    "encoders": ENCODERS_AWAY,
+}
 USABLE = 0.92  # of a device's memory: the rest goes to the libraries and to fragments
 
 # What the refused combinations of a search are counted under.
@@ -254,8 +258,7 @@ def reason(plan: Plan, c: Cost) -> str:
     limit = plan.machine.memory_bytes
     if not plan.fits(c):
         largest = max(c.memory, key=lambda name: c.memory[name])
-        less = "more ring, ulysses, tensor or checkpointing" if largest in ("activations", "working") else ENCODERS_AWAY
-        less = less if largest in ("activations", "working", "encoders") else "more shard or tensor"
+        less = LESS_MEMORY.get(largest, "more shard or tensor")
         return f"does not fit: {largest} takes {gb(c.memory[largest])} of {gb(limit)} GB; {less}"
     waits = {name: seconds for name, seconds in c.seconds.items() if name != "compute" and seconds > 0}
     if not waits or sum(waits.values()) < 0.02 * c.step_s:
@@ -338,7 +341,7 @@ def text(plan: Plan, rows: int = 12) -> str:
         "",
     ]
     if facts.resident_bytes is None:
-        lines[2:2] = ["the VAE and the text encoders are not counted: their folders are not here"]
+        lines[2:2] = ["the VAE and the text encoders are not counted: their safetensors are not here"]
     if plan.costs:
         lines += [table([row(plan, c) for c in plan.costs[:rows]], COLUMNS)]
         lines += [f"... and {len(plan.costs) - rows} more"] if len(plan.costs) > rows else []

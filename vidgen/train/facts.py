@@ -226,8 +226,11 @@ def vae_facts(recipe: Recipe, model: Any, dtype: torch.dtype, common: dict[str, 
 
 def resident_bytes(recipe: Recipe, dtype: torch.dtype) -> float | None:
     """Bytes of the VAE and the text encoders of a run, which every process holds while the transformer computes; None
-    where their folders are not here. With ``encoders.interval`` they are on the host then, and with ``data.cache`` gone
-    but for a VAE that is used at each step."""
+    where their safetensors are not here.
+
+    With ``encoders.interval`` they are on the host then, and with ``data.cache`` gone, but for a VAE that is used at
+    each step.
+    """
     if recipe.task == "vae" or recipe.encoders.interval is not None:
         return 0.0
     encoders = [recipe.text.t5, recipe.text.clip] if recipe.data.cache is None else []
@@ -235,6 +238,9 @@ def resident_bytes(recipe: Recipe, dtype: torch.dtype) -> float | None:
     folders = [folder for folder in (*vae, *encoders) if folder is not None]
     if not all(folder.is_dir() for folder in folders):
         return None
-    files = [file for folder in folders for file in weights_folder(folder).glob("*.safetensors")]
-    whole = [file for file in files if "." not in file.stem]  # others are copies, such as model.fp16.safetensors
-    return float(sum(math.prod(t.shape) for file in whole for t in read_safetensors(file).values()) * dtype.itemsize)
+    # others are copies, such as model.fp16.safetensors
+    files = [[f for f in weights_folder(folder).glob("*.safetensors") if "." not in f.stem] for folder in folders]
+    if not all(files):
+        return None
+    numbers = sum(math.prod(t.shape) for each in files for file in each for t in read_safetensors(file).values())
+    return float(numbers * dtype.itemsize)

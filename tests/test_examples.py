@@ -67,6 +67,7 @@ def test_mindspeed_training_says_what_is_missing():
     assert done.returncode == 3 and "pip install --no-deps megatron-core" in done.stderr
 
 
+@pytest.mark.slow
 def test_mindspeed_training_is_the_same_on_two_ranks():
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed (make setup installs it where it exists)")

@@ -449,6 +449,8 @@ def test_encoders_that_stay_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     command += ["--text.t5", str(tmp_path / "t5"), "--text.clip", str(tmp_path / "clip"), "--data.cache", "null"]
     assert cli.main(command) == 0
     assert "the VAE and the text encoders are not counted" in capsys.readouterr().out
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["encoder_bytes"] is None
     vae = autoencoders.WFVAE(autoencoders.preset("tiny"))
     vae.save_pretrained(tmp_path / "vae")
     save_tiny_text_encoders(tmp_path, t5_channels=20, clip_channels=12, multilingual=True)

@@ -385,6 +385,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": plan.facts.name,
         "parameters": plan.facts.parameters,
         "shape": asdict(plan.facts.shape),
+        "encoder_bytes": plan.facts.resident_bytes,  # None: not known, and not counted
         "world": plan.world,
         "machine": asdict(plan.machine),
         "recommended": None if best is None else {"parallel": section(best), "accumulation": best.accumulation},
